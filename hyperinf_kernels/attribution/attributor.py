@@ -1,0 +1,329 @@
+"""A model and its data in, influence scores out."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..files import write_json
+from ..gradients import Loss, find_blocks, make_loss
+from ..solvers import BlockReport, Damping, Solver, make_solver
+from ..solvers.flat import FlatSolver
+from .influence import sum_blocks
+from .scores import DensePanel, Id, InfluenceScores, TopKPanel, block_scores
+from .stream import (
+    GradientCache,
+    Gradients,
+    Progress,
+    block_shapes,
+    cached_chunks,
+    check_weights,
+    default_budget,
+    gradient_batches,
+)
+
+FORMAT = 1
+GROUP_ROWS = 512  # rows solved together for self-influence
+
+
+class Attributor:
+    """Influence of training examples on queries, for the chosen blocks of one model.
+
+    `fit` reads the training set once; `score` reads the queries once, preconditions them, and reads
+    the training set a second time only if its gradients did not fit into memory.
+
+    Args:
+        model: any module; given back unchanged after every call.
+        loss: "causal_lm", "sequence_classification", "token_classification", or a callable
+            `loss(model, batch) -> (B,)`.
+        blocks: "lora", a regular expression, or a list of parameter names.
+        method: "hyperinf", "datainf", "lissa", "exact", "grad_dot", or a solver object.
+        damping: a `Damping` or a number; None means `DataInfDamping(0.1)`.
+        device: move the model there first. None: where it is.
+        dtype: keep cached gradients in this dtype. None: as they come, fp32.
+        cache_bytes: memory for training gradients between fit and score; None: a quarter of what
+            is free. A method that needs all gradients (DataInf, LiSSA, exact) keeps them anyway.
+        progress: called as `progress(stage, done, total)` after every batch.
+        **method_options: of the solver, such as `mode="paper"`.
+
+    Raises:
+        InputError: unsupported blocks, NaN or inf in a parameter.
+        ValueError: unknown method, option or loss.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        loss: str | Loss = "causal_lm",
+        blocks: str | Sequence[str] = "lora",
+        method: str | Solver = "hyperinf",
+        damping: Damping | float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        cache_bytes: int | None = None,
+        progress: Progress | None = None,
+        **method_options: Any,
+    ) -> None:
+        self.solver = make_solver(method, damping, **method_options)
+        self.loss = make_loss(loss)
+        self.loss_name = loss if isinstance(loss, str) else None
+        self.model = model if device is None else model.to(device)
+        self.blocks = find_blocks(model, blocks)
+        self.shapes = block_shapes(self.blocks)
+        check_weights(model)
+        self.dtype, self.cache_bytes, self.progress = dtype, cache_bytes, progress
+        self.train_ids: list[Id] = []
+        self._fitted: Iterable[Any] | None = None
+        self._cache: GradientCache | None = None
+        self.seconds: dict[str, float] = {}
+
+    def fit(self, train_loader: Iterable[Any]) -> Attributor:
+        """Read the training set once and fit every block's curvature.
+
+        Raises:
+            InputError: no rows, NaN or inf (block and row named), a singular block.
+        """
+        start = time.perf_counter()
+        self.solver.reset()
+        self.train_ids = []
+        keeps_rows = isinstance(self.solver, FlatSolver)
+        budget = default_budget() if self.cache_bytes is None else self.cache_bytes
+        self._cache = GradientCache(0 if keeps_rows else budget, self.dtype)
+        for ids, grads in self._gradients(train_loader, "train"):
+            if keeps_rows and self.dtype is not None:
+                grads = {name: grad.to(self.dtype) for name, grad in grads.items()}
+            self.solver.update(grads, copy=False)
+            self._cache.append(grads)
+            self.train_ids.extend(ids)
+        self.seconds["train gradients"] = time.perf_counter() - start
+        start = time.perf_counter()
+        self.solver.fit()
+        self.seconds["fit"] = time.perf_counter() - start
+        self._fitted = train_loader
+        return self
+
+    def score(
+        self,
+        query_loader: Iterable[Any],
+        train_loader: Iterable[Any] | None = None,
+        top_k: int | None = None,
+        *,
+        per_block: bool = False,
+    ) -> InfluenceScores:
+        """Influence of training examples on queries, values (m, n); negative helps.
+
+        Args:
+            query_loader: batches of queries.
+            train_loader: the examples to score; None or the loader of `fit` scores the fitted
+                training set. Another loader may hold any pool, of any size.
+            top_k: keep only each query's k most helpful and k most harmful examples.
+            per_block: keep the split of every score over the blocks (dense results only).
+
+        Raises:
+            InputError: not fitted, no rows, NaN or inf, or gradients that were not kept and no
+                loader to read them again.
+            ValueError: top_k together with per_block.
+        """
+        if per_block and top_k is not None:
+            raise ValueError("per_block needs the dense matrix; leave top_k out")
+        self._check_fitted()
+        start = time.perf_counter()
+        query_ids: list[Id] = []
+        parts: dict[str, list[Tensor]] = {name: [] for name in self.shapes}
+        for ids, grads in self._gradients(query_loader, "query"):
+            query_ids.extend(ids)
+            for name, grad in grads.items():
+                parts[name].append(grad)
+        queries = {name: torch.cat(parts.pop(name)) for name in list(parts)}
+        self.seconds["query gradients"] = time.perf_counter() - start
+        start = time.perf_counter()
+        applied = self.solver.apply(queries)
+        self.seconds["solve"] = time.perf_counter() - start
+        start = time.perf_counter()
+        count = len(query_ids)
+        panel = DensePanel(count) if top_k is None else TopKPanel(count, top_k)
+        split: dict[str, list[Tensor]] = {name: [] for name in self.shapes}
+        for ids, grads in self._training(train_loader):
+            scores = block_scores(applied, grads)
+            panel.add(ids, sum_blocks(scores))
+            if per_block:
+                for name, part in scores.items():
+                    split[name].append(part.cpu())
+        self.seconds["score"] = time.perf_counter() - start
+        return InfluenceScores(
+            **panel.finish(),
+            query_ids=query_ids,
+            report=self.solver.report(),
+            per_block={n: torch.cat(p, 1) for n, p in split.items()} if per_block else None,
+            meta={
+                "method": self.solver.method,
+                "damping": str(self.solver.damping),
+                "loss": str(self.loss),
+                "seconds": dict(self.seconds),
+            },
+        )
+
+    def self_influence(self, train_loader: Iterable[Any] | None = None) -> Tensor:
+        """influence[k, k] = -<g_k A^-1, g_k> of every training example, (n,), never positive for
+        an exact solve; the largest magnitudes are the examples the model had to memorise.
+
+        Args:
+            train_loader: as in `score`; ids are `train_ids` for the fitted training set.
+        """
+        self._check_fitted()
+        values: list[Tensor] = []
+        for _, grads in _grouped(self._training(train_loader)):
+            applied = self.solver.apply(grads)
+            total: Tensor | None = None
+            for name, W in applied.items():
+                part = -(W * grads[name].to(W.dtype)).sum((1, 2))
+                total = part if total is None else total + part
+            assert total is not None
+            values.append(total.cpu())
+        return torch.cat(values)
+
+    def report(self) -> list[BlockReport]:
+        """One entry per block, over everything applied since `fit`."""
+        return self.solver.report()
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the fitted solver as safetensors and JSON; the folder must not exist yet.
+
+        Raises:
+            InputError: not fitted, or the folder exists.
+        """
+        from safetensors.torch import save_file
+
+        self._check_fitted()
+        target = Path(folder)
+        if target.exists():
+            raise InputError(f"{target} exists already; choose a new folder")
+        tensors, meta = self.solver.state()
+        document = {
+            "format": FORMAT,
+            "method": self.solver.method,
+            "options": self.solver.options(),
+            "damping": vars(self.solver.damping),
+            "loss": self.loss_name,
+            "blocks": {name: list(shape) for name, shape in self.shapes.items()},
+            "train_ids": self.train_ids,
+            "solver": meta,
+        }
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+        try:
+            held = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            save_file(held, temporary / "solver.safetensors")
+            write_json(temporary / "attributor.json", document)
+            temporary.chmod(0o755)
+            temporary.replace(target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | os.PathLike[str],
+        model: nn.Module,
+        *,
+        loss: str | Loss | None = None,
+        progress: Progress | None = None,
+    ) -> Attributor:
+        """A saved attributor for the same model.
+
+        Args:
+            loss: needed when the saved one was a callable.
+
+        Raises:
+            InputError: no saved attributor there, another format, or blocks that do not fit.
+        """
+        from safetensors.torch import load_file
+
+        source = Path(folder)
+        try:
+            document = json.loads((source / "attributor.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise InputError(f"{source} holds no saved attributor (attributor.json)") from None
+        if document["format"] != FORMAT:
+            raise InputError(
+                f"{source} has format {document['format']}, this version reads {FORMAT}"
+            )
+        loss = loss if loss is not None else document["loss"]
+        if loss is None:
+            raise InputError(f"{source} was saved with a callable loss; give it again as loss=")
+        names = list(document["blocks"])
+        damping = Damping(**document["damping"])
+        options = document["options"]
+        attributor = cls(
+            model, loss=loss, blocks=names, method=document["method"], damping=damping,
+            progress=progress, **options,
+        )  # fmt: skip
+        for name, shape in document["blocks"].items():
+            if attributor.shapes[name] != tuple(shape):
+                raise InputError(
+                    f"block {name} is {attributor.shapes[name]} in this model, {tuple(shape)} in "
+                    f"{source}"
+                )
+        attributor.solver.restore(load_file(source / "solver.safetensors"), document["solver"])
+        attributor.solver.fit()
+        attributor.train_ids = document["train_ids"]
+        attributor._cache = GradientCache(0, None)
+        return attributor
+
+    def _gradients(self, loader: Iterable[Any], stage: str) -> Iterator[tuple[list[Id], Gradients]]:
+        return gradient_batches(self.model, loader, self.loss, self.blocks, stage, self.progress)
+
+    def _training(self, loader: Iterable[Any] | None) -> Iterator[tuple[list[Id], Gradients]]:
+        if loader is not None and loader is not self._fitted:
+            yield from self._gradients(loader, "train")
+            return
+        rows = self.solver.rows if isinstance(self.solver, FlatSolver) else None
+        if rows is None and self._cache is not None and not self._cache.full:
+            rows = self._cache.rows
+        if rows is not None:
+            for part, grads in cached_chunks(rows, self.shapes):
+                yield self.train_ids[part], grads
+        elif loader is not None:
+            yield from self._gradients(loader, "train")
+        else:
+            raise InputError(
+                f"the gradients of the {len(self.train_ids)} training rows were not kept in "
+                "memory; give train_loader again"
+            )
+
+    def _check_fitted(self) -> None:
+        if not self.train_ids:
+            raise InputError("the attributor is not fitted: call fit(train_loader) first")
+
+
+def _grouped(
+    stream: Iterator[tuple[list[Id], Gradients]],
+) -> Iterator[tuple[list[Id], Gradients]]:
+    """Join small batches, because solving few rows costs as much as solving many."""
+    ids: list[Id] = []
+    pending: list[Gradients] = []
+    for more, grads in stream:
+        ids.extend(more)
+        pending.append(grads)
+        if len(ids) >= GROUP_ROWS:
+            yield ids, _joined(pending)
+            ids, pending = [], []
+    if pending:
+        yield ids, _joined(pending)
+
+
+def _joined(parts: list[Gradients]) -> Gradients:
+    if len(parts) == 1:
+        return parts[0]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

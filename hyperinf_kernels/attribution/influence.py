@@ -1,0 +1,86 @@
+"""Tensors in, scores out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..solvers import Damping, Gradients, Solver, make_solver
+from .scores import DensePanel, Id, InfluenceScores, TopKPanel, block_scores
+
+
+def influence(
+    train_grads: Gradients,
+    query_grads: Gradients,
+    method: str | Solver = "hyperinf",
+    damping: Damping | float | None = None,
+    *,
+    train_ids: Sequence[Id] | None = None,
+    query_ids: Sequence[Id] | None = None,
+    top_k: int | None = None,
+    per_block: bool = False,
+    **method_options: Any,
+) -> InfluenceScores:
+    """Influence of every training gradient on every query: -<V_q A^-1, g_k>, summed over blocks.
+
+    Args:
+        train_grads: {block: (n, r, d)} per-sample training gradients.
+        query_grads: {block: (m, r, d)}, the same blocks and shapes.
+        method: "hyperinf", "datainf", "lissa", "exact", "grad_dot", or a solver object, which is
+            reset first.
+        damping: a `Damping` or a number; None means `DataInfDamping(0.1)`.
+        train_ids, query_ids: names of the rows; None: 0, 1, 2, ...
+        top_k: keep only each query's k most helpful and k most harmful examples.
+        per_block: keep the split of every score over the blocks.
+        **method_options: of the solver, such as `mode="paper"` for "hyperinf".
+
+    Returns:
+        `InfluenceScores` with values (m, n). Negative helps.
+
+    Raises:
+        InputError: shapes, names or values that do not fit; a singular block.
+        ValueError: unknown method or option.
+    """
+    solver = make_solver(method, damping, **method_options)
+    solver.reset()
+    start = time.perf_counter()
+    solver.update(train_grads, copy=False)
+    solver.fit()
+    fitted = time.perf_counter()
+    applied = solver.apply(query_grads)
+    queries = len(next(iter(query_grads.values())))
+    ids = _ids(train_ids, solver.n, "train")
+    panel = DensePanel(queries) if top_k is None else TopKPanel(queries, top_k)
+    split = block_scores(applied, train_grads)
+    panel.add(ids, sum_blocks(split))
+    return InfluenceScores(
+        **panel.finish(),
+        query_ids=_ids(query_ids, queries, "query"),
+        report=solver.report(),
+        per_block=split if per_block else None,
+        meta={
+            "method": solver.method,
+            "damping": str(solver.damping),
+            "seconds": {"fit": fitted - start, "score": time.perf_counter() - fitted},
+        },
+    )
+
+
+def sum_blocks(split: Mapping[str, Tensor]) -> Tensor:
+    """The blocks' scores added up in fp32 (fp64 if any block is fp64), in block order."""
+    parts = iter(split.values())
+    total = next(parts).clone()
+    for part in parts:
+        total = total + part
+    return total
+
+
+def _ids(given: Sequence[Id] | None, count: int, role: str) -> list[Id]:
+    if given is None:
+        return list(range(count))
+    if len(given) != count:
+        raise ValueError(f"{role}_ids has {len(given)} entries for {count} rows")
+    return list(given)

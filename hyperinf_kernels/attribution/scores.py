@@ -1,0 +1,195 @@
+"""Influence scores: a matrix, who its rows and columns are, and how exact it is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..files import atomic
+from ..solvers import BlockReport, summarise
+
+Id = int | str
+
+
+class Ranked(NamedTuple):
+    """The first k training examples of every query: `ids` as m lists of k, `values` (m, k)."""
+
+    ids: list[list[Id]]
+    values: Tensor
+
+
+@dataclass
+class InfluenceScores:
+    """influence[q, k]: predicted change of query q's loss when training example k is up-weighted.
+
+    Negative helps. Dense: `values` (m, n) and `ids` the n training ids. Kept as top-k: `values`
+    (m, k) holds each query's k most helpful examples, most helpful first, `ids` m lists of k; the
+    k most harmful ones are kept beside them for `opponents`.
+
+    Attributes:
+        values: fp32.
+        ids: training ids, as above. `query_ids`: the m query ids.
+        report: one `BlockReport` per block.
+        per_block: {block: (m, n)} if asked for; the blocks sum to `values`.
+        meta: plain facts about the run (method, damping, seconds), written with the scores.
+    """
+
+    values: Tensor
+    ids: list[Any]
+    query_ids: list[Id]
+    report: list[BlockReport]
+    per_block: dict[str, Tensor] | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+    harmful: Ranked | None = None
+
+    @property
+    def is_dense(self) -> bool:
+        return self.harmful is None
+
+    def proponents(self, k: int = 5) -> Ranked:
+        """The k training examples that help each query most (most negative influence first)."""
+        if self.is_dense:
+            return self._rank(k, largest=False)
+        self._check_kept(k)
+        return Ranked([row[:k] for row in self.ids], self.values[:, :k])
+
+    def opponents(self, k: int = 5) -> Ranked:
+        """The k training examples that harm each query most (largest influence first)."""
+        if self.harmful is None:
+            return self._rank(k, largest=True)
+        self._check_kept(k)
+        return Ranked([row[:k] for row in self.harmful.ids], self.harmful.values[:, :k])
+
+    def certificate(self) -> dict[str, object]:
+        """Whether every block was solved to tolerance, the worst residual, and a sentence."""
+        return summarise(self.report)
+
+    def to_parquet(self, path: str | os.PathLike[str]) -> None:
+        """Write (query_id, train_id, influence[, one column per block]) as Parquet, atomically.
+
+        A top-k result writes its most helpful and most harmful examples.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        if self.is_dense:
+            train_ids = [self.ids] * len(self.query_ids)
+            values = list(self.values)
+        else:
+            harmful = self.opponents(self.values.shape[1])
+            train_ids, values = _union(self.ids, self.values, harmful)
+        columns = {
+            "query_id": [q for q, row in zip(self.query_ids, train_ids, strict=True) for _ in row],
+            "train_id": [t for row in train_ids for t in row],
+            "influence": torch.cat([row.flatten() for row in values]).numpy()
+            if len(self.query_ids) else [],
+        }  # fmt: skip
+        for name, block in (self.per_block or {}).items():
+            columns[name] = block.flatten().numpy()
+        with atomic(Path(path)) as temporary:
+            pq.write_table(pa.table(columns), temporary, compression="zstd")
+
+    def to_html(self, path: str | os.PathLike[str], **context: Any) -> None:
+        """Write the self-contained HTML report; `context` adds keys of the report document."""
+        # the report is a room above this one, so it is fetched only when a person asks for it
+        from ..report import document, render_html
+
+        with atomic(Path(path)) as temporary:
+            temporary.write_text(render_html(document([self], **context)), encoding="utf-8")
+
+    def _rank(self, k: int, largest: bool) -> Ranked:
+        k = min(k, self.values.shape[1])
+        order = _stable_order(self.values, largest)[:, :k]
+        ids = [[self.ids[j] for j in row] for row in order.tolist()]
+        return Ranked(ids, self.values.gather(1, order))
+
+    def _check_kept(self, k: int) -> None:
+        if k > self.values.shape[1]:
+            raise ValueError(f"only the top {self.values.shape[1]} were kept, asked for {k}")
+
+
+def _stable_order(values: Tensor, largest: bool) -> Tensor:
+    """Column order by value; ties by column, so the order does not depend on the machine."""
+    return torch.sort(values, dim=1, descending=largest, stable=True).indices
+
+
+def _union(
+    ids: Sequence[Sequence[Id]], values: Tensor, other: Ranked
+) -> tuple[list[list[Id]], list[Tensor]]:
+    """Helpful then harmful entries of each query, none twice."""
+    out_ids, out_values = [], []
+    for row, value, more_ids, more in zip(ids, values, other.ids, other.values, strict=True):
+        kept = [j for j, t in enumerate(more_ids) if t not in set(row)]
+        out_ids.append([*row, *(more_ids[j] for j in kept)])
+        out_values.append(torch.cat([value, more[kept]]))
+    return out_ids, out_values
+
+
+class DensePanel:
+    """Collects influence columns batch by batch into a dense (m, n) matrix."""
+
+    def __init__(self, queries: int) -> None:
+        self.parts: list[Tensor] = []
+        self.ids: list[Id] = []
+        self.queries = queries
+
+    def add(self, ids: Sequence[Id], values: Tensor) -> None:
+        self.ids.extend(ids)
+        self.parts.append(values.cpu())
+
+    def finish(self) -> dict[str, Any]:
+        values = torch.cat(self.parts, dim=1) if self.parts else torch.zeros(self.queries, 0)
+        return {"values": values, "ids": self.ids}
+
+
+class TopKPanel:
+    """Keeps each query's k most helpful and k most harmful examples of a stream of any length.
+
+    Exact and independent of the batching: ties go to the example that came first.
+    """
+
+    def __init__(self, queries: int, k: int) -> None:
+        if k < 1:
+            raise ValueError(f"top_k must be at least 1, got {k}")
+        self.k, self.queries = k, queries
+        self.all_ids: list[Id] = []
+        empty = torch.zeros(queries, 0)
+        self.kept = {largest: (empty, empty.long()) for largest in (False, True)}
+
+    def add(self, ids: Sequence[Id], values: Tensor) -> None:
+        values = values.cpu()
+        index = torch.arange(len(self.all_ids), len(self.all_ids) + len(ids))
+        self.all_ids.extend(ids)
+        for largest, (best, where) in self.kept.items():
+            # kept entries come first and the sort is stable, so earlier examples win ties
+            pool = torch.cat([best, values], dim=1)
+            positions = torch.cat([where, index.expand(self.queries, -1)], dim=1)
+            order = _stable_order(pool, largest)[:, : self.k]
+            self.kept[largest] = (pool.gather(1, order), positions.gather(1, order))
+
+    def finish(self) -> dict[str, Any]:
+        def named(where: Tensor) -> list[list[Id]]:
+            return [[self.all_ids[j] for j in row] for row in where.tolist()]
+
+        (values, where), (harm, harm_where) = self.kept[False], self.kept[True]
+        return {"values": values, "ids": named(where), "harmful": Ranked(named(harm_where), harm)}
+
+
+def block_scores(applied: Mapping[str, Tensor], grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """-<W_q, g_k> per block: {block: (m, B)} from W (m, r, d) and gradients (B, r, d)."""
+    from ..ops import gram_accumulate_
+    from ..ops.checks import accumulation_dtype
+
+    scores = {}
+    for name, W in applied.items():
+        g = grads[name]
+        dtype = accumulation_dtype(W, g)
+        S = torch.zeros(len(W), len(g), dtype=dtype, device=g.device)
+        scores[name] = gram_accumulate_(S, W.flatten(1), g.flatten(1)).neg_()
+    return scores

@@ -1,0 +1,151 @@
+"""Batches of a loader as per-sample gradients with the ids of their rows."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import RandomSampler
+
+from ..errors import InputError
+from ..gradients import Block, Loss, batch_gradients, prepared
+from ..gradients.blocks import block_parameters
+from ..solvers import GradientRows
+from .scores import Id
+
+Gradients = dict[str, Tensor]
+
+
+class Progress(Protocol):
+    """Told after every batch: the stage, rows done in it, and rows in all when known."""
+
+    def __call__(self, stage: str, done: int, total: int | None) -> None: ...
+
+
+def gradient_batches(
+    model: nn.Module,
+    loader: Iterable[Any],
+    loss: Loss,
+    blocks: Sequence[Block],
+    stage: str,
+    progress: Progress | None = None,
+) -> Iterator[tuple[list[Id], Gradients]]:
+    """(ids, {block: (B, r, d)}) for every batch of the loader.
+
+    A row's id is its entry of the batch's "id" list, else its position in the stream.
+
+    Raises:
+        InputError: the loader yields nothing, or what `batch_gradients` raises.
+    """
+    total = _length(loader)
+    done = 0
+    with prepared(model):
+        for batch in loader:
+            grads = batch_gradients(model, batch, loss, blocks, first_row=done)
+            count = len(next(iter(grads.values())))
+            ids = _ids(batch, done, count)
+            if done == 0:
+                _warn_if_shuffled(loader, batch)
+            done += count
+            if progress is not None:
+                progress(stage, done, total)
+            yield ids, grads
+    if done == 0:
+        raise InputError(
+            f"the {stage} loader gave no rows (an empty data set, or an iterator used before?)"
+        )
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raise InputError naming the first parameter that holds NaN or inf."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+            raise InputError(f"parameter {name} of the model holds NaN or inf")
+
+
+class GradientCache:
+    """Training gradients kept between fit and score while they fit into a budget.
+
+    Args:
+        budget: bytes at most; once exceeded everything is dropped and nothing more is kept.
+        dtype: to keep them in, fp32 or bf16.
+    """
+
+    def __init__(self, budget: int, dtype: torch.dtype | None) -> None:
+        self.budget, self.dtype = budget, dtype
+        self.rows: dict[str, GradientRows] = {}
+        self.shapes: dict[str, tuple[int, int]] = {}
+        self.bytes = 0
+        self.full = budget <= 0
+
+    def append(self, grads: Mapping[str, Tensor]) -> None:
+        if self.full:
+            return
+        for name, grad in grads.items():
+            kept = grad if self.dtype is None else grad.to(self.dtype)
+            self.bytes += kept.numel() * kept.element_size()
+            self.shapes[name] = (int(kept.shape[1]), int(kept.shape[2]))
+            self.rows.setdefault(name, GradientRows(kept[0].numel())).append(kept.flatten(1))
+        if self.bytes > self.budget:
+            self.full = True
+            self.rows.clear()
+
+    def chunks(self) -> Iterator[tuple[slice, Gradients]]:
+        """(row range, {block: (B, r, d)}) over everything kept."""
+        yield from cached_chunks(self.rows, self.shapes)
+
+
+def cached_chunks(
+    rows: Mapping[str, GradientRows], shapes: Mapping[str, tuple[int, int]]
+) -> Iterator[tuple[slice, Gradients]]:
+    """Walk the rows of all blocks together."""
+    streams = {name: block.chunks() for name, block in rows.items()}
+    for parts in zip(*streams.values(), strict=True):
+        grads = {
+            name: chunk.unflatten(1, shapes[name])
+            for name, (_, chunk) in zip(streams, parts, strict=True)
+        }
+        yield parts[0][0], grads
+
+
+def default_budget() -> int:
+    """A quarter of the memory that is free now."""
+    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") // 4)
+
+
+def block_shapes(blocks: Sequence[Block]) -> dict[str, tuple[int, int]]:
+    """{block: (r, d)}, after checking that each block's parameter is finite."""
+    for name, parameter in block_parameters(blocks).items():
+        if not bool(torch.isfinite(parameter).all()):
+            raise InputError(f"block {name}: its parameter holds NaN or inf")
+    return {block.name: block.shape for block in blocks}
+
+
+def _length(loader: Iterable[Any]) -> int | None:
+    dataset = getattr(loader, "dataset", None)
+    measure: Callable[[Any], int] | None = len if hasattr(dataset, "__len__") else None
+    return measure(dataset) if measure else None
+
+
+def _ids(batch: Any, start: int, count: int) -> list[Id]:
+    given = batch.get("id") if isinstance(batch, Mapping) else None
+    if given is None:
+        return list(range(start, start + count))
+    ids = given.tolist() if isinstance(given, Tensor) else list(given)
+    if len(ids) != count:
+        raise InputError(f"a batch names {len(ids)} ids for {count} samples")
+    return ids
+
+
+def _warn_if_shuffled(loader: Iterable[Any], batch: Any) -> None:
+    named = isinstance(batch, Mapping) and "id" in batch
+    if not named and isinstance(getattr(loader, "sampler", None), RandomSampler):
+        warnings.warn(
+            "the loader shuffles and its batches have no 'id', so row numbers mean the order of "
+            "one pass only; turn shuffling off or give ids",
+            stacklevel=3,
+        )

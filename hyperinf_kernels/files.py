@@ -1,0 +1,35 @@
+"""Files that are either whole or absent."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that replaces it on success and vanishes on any error."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        # mkstemp makes private files; a result is an ordinary one
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Write strict JSON (no NaN) atomically."""
+    text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
+    with atomic(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")

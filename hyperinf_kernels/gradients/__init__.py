@@ -1,0 +1,19 @@
+"""From a model and a batch to per-sample gradients of the chosen blocks."""
+
+from .blocks import Block, find_blocks, parameter_count
+from .capture import batch_gradients, per_sample_gradients, prepared
+from .losses import CausalLM, Loss, SequenceClassification, TokenClassification, make_loss
+
+__all__ = [
+    "Block",
+    "CausalLM",
+    "Loss",
+    "SequenceClassification",
+    "TokenClassification",
+    "batch_gradients",
+    "find_blocks",
+    "make_loss",
+    "parameter_count",
+    "per_sample_gradients",
+    "prepared",
+]

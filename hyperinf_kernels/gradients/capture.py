@@ -1,0 +1,196 @@
+"""Per-sample gradients of a whole batch from one forward and one backward pass.
+
+A forward hook on each layer that owns a block remembers the layer's input and asks autograd for the
+gradient at its output; both together are the gradient of every sample. No parameter requires grad
+meanwhile, so no weight gradient is ever computed, and backward stops at the first such layer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..solvers.base import check_finite
+from .blocks import Block, find_blocks
+from .layers import bias_gradient
+from .losses import CausalLM, Loss, make_loss
+
+
+def per_sample_gradients(
+    model: nn.Module,
+    batch: Any,
+    *,
+    loss: str | Loss = "causal_lm",
+    blocks: str | Sequence[str] = "lora",
+) -> dict[str, Tensor]:
+    """The gradient of each sample's loss with respect to each block.
+
+    Args:
+        model: any module; used in eval mode and given back in the mode it had, with its hooks,
+            `requires_grad` flags and `.grad` untouched.
+        batch: what `loss(model, batch)` takes; tensors are moved to the model's device.
+        loss: "causal_lm", "sequence_classification", "token_classification", or a callable that
+            returns the (B,) losses of the samples. A sample's loss must not depend on others.
+        blocks: "lora", a regular expression, or a list of parameter names (see `find_blocks`).
+
+    Returns:
+        {block: (B, r, d)} in fp32 (fp64 for a fp64 model), in the order of the parameters.
+
+    Raises:
+        InputError: unsupported blocks, a loss of the wrong shape, NaN or inf (block and row named).
+    """
+    chosen = find_blocks(model, blocks)
+    with prepared(model):
+        return batch_gradients(model, batch, make_loss(loss), chosen)
+
+
+@contextlib.contextmanager
+def prepared(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no parameter that requires grad; everything as before on the way out."""
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    hook = None
+    try:
+        model.eval()
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        checkpointed = [m for m, _ in modes if getattr(m, "gradient_checkpointing", False) is True]
+        for module in checkpointed:
+            # transformers checkpoints only in training mode; the layer's children stay in eval mode
+            module.training = not _drops(module)
+        embed = getattr(model, "get_input_embeddings", lambda: None)()
+        if checkpointed and embed is not None:
+            # reentrant checkpointing is differentiated only if an input requires grad
+            hook = embed.register_forward_hook(lambda m, args, out: out.requires_grad_())
+        yield
+    finally:
+        if hook is not None:
+            hook.remove()
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        for module, mode in modes:
+            module.training = mode
+
+
+def _drops(module: nn.Module) -> bool:
+    """Whether the module itself would apply functional dropout in training mode."""
+    own = vars(module).items()
+    return any("drop" in key and isinstance(value, float) and value > 0 for key, value in own)
+
+
+def batch_gradients(
+    model: nn.Module, batch: Any, loss: Loss, blocks: Sequence[Block], first_row: int = 0
+) -> dict[str, Tensor]:
+    """`per_sample_gradients` of a `prepared` model; errors count rows from `first_row`."""
+    device = next(model.parameters()).device
+    batch = move(batch, device)
+    with Capture(blocks) as capture, torch.enable_grad():
+        if isinstance(loss, CausalLM):
+            losses = loss(model, batch, protected=capture.modules)
+        else:
+            losses = loss(model, batch)
+        if not isinstance(losses, Tensor) or losses.ndim != 1:
+            what = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            raise InputError(
+                f"the loss must return one number per sample, shape (B,), got {what}; a mean over "
+                "the batch cannot be attributed"
+            )
+        check_losses(losses.detach(), first_row)
+        if not losses.requires_grad:
+            raise InputError("the loss does not depend on any of the chosen blocks")
+        capture.samples = len(losses)
+        # hooks run inside backward and must not inherit a caller's autocast
+        with torch.autocast(device.type, enabled=False):
+            losses.sum().backward()
+    grads = capture.gradients()
+    for name, grad in grads.items():
+        check_finite(name, grad, "batch", first_row)
+    return grads
+
+
+def check_losses(losses: Tensor, first_row: int = 0) -> None:
+    """Name the first row whose loss is NaN or inf."""
+    bad = torch.nonzero(~torch.isfinite(losses)).flatten()
+    if len(bad):
+        raise InputError(
+            f"the loss of row {first_row + int(bad[0])} is {float(losses[bad[0]])} "
+            f"({len(bad)} of {len(losses)} rows in this batch)"
+        )
+
+
+def move(batch: Any, device: torch.device) -> Any:
+    """Every tensor of a dict, list or tuple on `device`."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: move(value, device) for key, value in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(move(value, device) for value in batch)
+    return batch
+
+
+class Capture:
+    """Hooks on the blocks' layers for the duration of one forward and backward pass."""
+
+    def __init__(self, blocks: Sequence[Block]) -> None:
+        self.blocks = blocks
+        self.of: dict[nn.Module, list[Block]] = {}
+        for block in blocks:
+            self.of.setdefault(block.module, []).append(block)
+        self.modules = frozenset(self.of)
+        self.samples: int | None = None
+        self._grads: dict[str, Tensor] = {}
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> Capture:
+        for module in self.of:
+            self._handles.append(module.register_forward_hook(self._after_forward))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _after_forward(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+        # the first pass of a reentrant checkpoint runs without grad and is repeated with it
+        if not torch.is_grad_enabled():
+            return
+        if not out.requires_grad:
+            out.requires_grad_()
+        x = args[0].detach()
+        out.register_hook(lambda delta: self._collect(module, x, delta))
+
+    def _collect(self, module: nn.Module, x: Tensor, delta: Tensor) -> None:
+        delta = delta.detach()
+        for block in self.of[module]:
+            if len(delta) != self.samples or len(x) != self.samples:
+                raise InputError(
+                    f"block {block.name}: its layer sees {len(x)} rows and returns {len(delta)} "
+                    f"for {self.samples} samples; the first dimension must be the sample"
+                )
+            if block.is_bias:
+                grad = bias_gradient(delta, block.features)
+            else:
+                grad = block.layer.weight(module, x, delta, block.transpose)
+            before = self._grads.get(block.name)
+            # a layer used several times in one forward pass has the sum of its uses' gradients
+            self._grads[block.name] = grad if before is None else before + grad
+
+    def gradients(self) -> dict[str, Tensor]:
+        """{block: (B, r, d)} after backward; a block the loss did not reach has zeros."""
+        out = {}
+        for block in self.blocks:
+            grad = self._grads.get(block.name)
+            if grad is None:
+                parameter = getattr(block.module, block.name.rpartition(".")[2])
+                dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+                grad = torch.zeros(
+                    self.samples or 0, *block.shape, dtype=dtype, device=parameter.device
+                )
+            out[block.name] = grad
+        return out

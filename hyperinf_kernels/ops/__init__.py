@@ -1,0 +1,27 @@
+"""The Python face of every kernel: checked arguments, documented formulas, chosen backends."""
+
+from . import reference as reference
+from .accumulate import gfim_accumulate_, gram_accumulate_
+from .dispatch import BackendError, Plan, explain, trace_backends
+from .per_sample import pairwise_dot, per_sample_dot, per_sample_grad, per_sample_norm_sq
+from .schulz import SolveInfo, schulz_inverse, schulz_solve
+from .sherman_morrison import sherman_morrison
+from .spd_inverse import spd_inverse
+
+__all__ = [
+    "BackendError",
+    "Plan",
+    "SolveInfo",
+    "explain",
+    "gfim_accumulate_",
+    "gram_accumulate_",
+    "pairwise_dot",
+    "per_sample_dot",
+    "per_sample_grad",
+    "per_sample_norm_sq",
+    "schulz_inverse",
+    "schulz_solve",
+    "sherman_morrison",
+    "spd_inverse",
+    "trace_backends",
+]

@@ -1,0 +1,98 @@
+"""Second moments of per-sample gradients, added in place: GFIM and Gram matrices."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from . import checks
+from .dispatch import call
+
+Side = Literal["cols", "rows"]
+
+
+def gfim_accumulate_(
+    C: Tensor,
+    grads_or_delta: Tensor,
+    act: Tensor | None = None,
+    *,
+    side: Side = "cols",
+    alpha: float = 1.0,
+) -> Tensor:
+    """`C += alpha * sum_b g_b^T g_b` (cols) or `g_b g_b^T` (rows), the unnormalised GFIM.
+
+    The generalized Fisher information matrix of HyperINF (arXiv 2410.05090): one symmetric rank-k
+    update of the gradients stacked along their other side. With alpha = 1/n over all n samples, C
+    is the mean.
+
+    Args:
+        C: (..., d, d) for cols, (..., r, r) for rows; fp32 or fp64, updated in place.
+        grads_or_delta: gradients (..., B, r, d), the batch dimensions of C first, any sample
+            dimensions after them; or delta (..., B, T, r) when `act` is given.
+        act: (..., B, T, d); then g_b = delta_b^T act_b, and only slices of it are ever formed.
+        side: which side of g the matrix lives on.
+        alpha: factor of the added sum.
+
+    Returns:
+        C itself.
+
+    Raises:
+        ValueError: shapes or devices do not fit, unknown side.
+        TypeError: C is not fp32 or fp64, or an input is not floating point.
+    """
+    if side not in ("cols", "rows"):
+        raise ValueError(f"side must be cols or rows, got {side!r}")
+    name = "grads" if act is None else "delta"
+    checks.floating(C=C, **{name: grads_or_delta})
+    checks.accumulator("C", C)
+    lead = C.shape[:-2]
+    if act is None:
+        size = grads_or_delta.shape[-1 if side == "cols" else -2] if grads_or_delta.ndim > 1 else -1
+        checks.agree(
+            grads_or_delta.ndim >= C.ndim
+            and grads_or_delta.shape[: len(lead)] == lead
+            and C.shape[-2:] == (size, size),
+            f"grads must be (..., B, r, d) and C the matching square for side={side!r}",
+            C=C, grads=grads_or_delta,
+        )  # fmt: skip
+        return call("gfim_accumulate_", (C, grads_or_delta), side, alpha)
+    checks.floating(C=C, act=act)
+    size = act.shape[-1] if side == "cols" else grads_or_delta.shape[-1]
+    checks.agree(
+        grads_or_delta.ndim >= C.ndim
+        and grads_or_delta.shape[:-1] == act.shape[:-1]
+        and grads_or_delta.shape[: len(lead)] == lead
+        and C.shape[-2:] == (size, size),
+        f"delta (..., B, T, r) and act (..., B, T, d) must fit C for side={side!r}",
+        C=C, delta=grads_or_delta, act=act,
+    )  # fmt: skip
+    return call("gfim_accumulate_factored_", (C, grads_or_delta, act), side, alpha)
+
+
+def gram_accumulate_(K: Tensor, G1: Tensor, G2: Tensor | None = None) -> Tensor:
+    """`K += G1 @ G2^T`: all dot products between two sets of flattened gradients.
+
+    Args:
+        K: (..., n1, n2), or (..., n, n) without G2; fp32 or fp64, updated in place.
+        G1: (..., n1, D). G2: (..., n2, D); None means G1 itself, a symmetric update.
+
+    Returns:
+        K itself.
+
+    Raises:
+        ValueError: shapes or devices do not fit.
+        TypeError: K is not fp32 or fp64, or an input is not floating point.
+    """
+    other = G1 if G2 is None else G2
+    checks.floating(K=K, G1=G1, G2=other)
+    checks.accumulator("K", K)
+    checks.at_least(2, "(..., n, D)", K=K, G1=G1, G2=other)
+    checks.agree(
+        G1.shape[-1] == other.shape[-1]
+        and K.shape[:-2] == G1.shape[:-2] == other.shape[:-2]
+        and K.shape[-2:] == (G1.shape[-2], other.shape[-2]),
+        "K (..., n1, n2), G1 (..., n1, D) and G2 (..., n2, D) must fit",
+        K=K, G1=G1, G2=other,
+    )  # fmt: skip
+    return call("gram_accumulate_", (K, G1, other))

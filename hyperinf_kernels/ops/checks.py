@@ -1,0 +1,62 @@
+"""Argument checks shared by the ops: one clear error that names the argument and its shape."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def show(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
+
+
+def floating(**tensors: Tensor) -> None:
+    """Every argument is a floating-point tensor, and all are on one device."""
+    first = None
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in FLOATING:
+            raise TypeError(f"{name} must be fp16, bf16, fp32 or fp64, got {show(tensor)}")
+        first = first or (name, tensor)
+        if tensor.device != first[1].device:
+            raise ValueError(
+                f"{name} is on {tensor.device} but {first[0]} is on {first[1].device}; "
+                "move them to one device"
+            )
+
+
+def at_least(ndim: int, shape: str, **tensors: Tensor) -> None:
+    """Every argument has at least `ndim` dimensions; `shape` is the expected form, in words."""
+    for name, tensor in tensors.items():
+        if tensor.ndim < ndim:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+
+
+def agree(condition: bool, message: str, **tensors: Tensor) -> None:
+    """Raise ValueError with every argument's shape unless `condition` holds."""
+    if not condition:
+        shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in tensors.items())
+        raise ValueError(f"{message}; got {shapes}")
+
+
+def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    """fp64 if any tensor is fp64, otherwise fp32: the dtype of every op's sums and result."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def accumulator(name: str, tensor: Tensor) -> None:
+    """`tensor` can be accumulated into without losing small terms."""
+    if tensor.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{name} accumulates and must be fp32 or fp64, got {show(tensor)}")
+
+
+def finite_matrices(name: str, matrices: Tensor) -> None:
+    """Every matrix of the batch (..., p, q) is finite; the first that is not is named."""
+    bad = ~torch.isfinite(matrices).flatten(-2).all(-1)
+    if bool(bad.any()):
+        index = tuple(torch.nonzero(bad)[0].tolist())
+        where = f"{name}[{', '.join(map(str, index))}]" if index else name
+        raise ValueError(f"{where} holds NaN or inf ({int(bad.sum())} of {bad.numel()} matrices)")

@@ -1,0 +1,167 @@
+"""Every op in plain torch: the backend that always works, and the page to read first.
+
+Shapes and dtypes are already checked by the op's face in this folder; `...` stands for any leading
+batch dimensions. Half-precision inputs are widened before anything is summed. The formulas are
+those of the op's docstring, written as one contraction each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .checks import accumulation_dtype
+from .dispatch import implements
+from .schedule import Step
+
+# per-sample gradients that are only reduced are formed in slices of at most this many numbers
+SLICE_NUMBERS = 1 << 24
+
+
+def _slices(count: int, numbers_each: int) -> Iterator[slice]:
+    step = max(1, SLICE_NUMBERS // max(1, numbers_each))
+    return (slice(start, start + step) for start in range(0, count, step))
+
+
+def _widen(*tensors: Tensor) -> tuple[Tensor, ...]:
+    dtype = accumulation_dtype(*tensors)
+    return tuple(t.to(dtype) for t in tensors)
+
+
+@implements("per_sample_grad")
+def per_sample_grad(delta: Tensor, act: Tensor) -> Tensor:
+    delta, act = _widen(delta, act)
+    return delta.mT @ act
+
+
+@implements("per_sample_norm_sq")
+def per_sample_norm_sq(delta: Tensor, act: Tensor, ghost: bool) -> Tensor:
+    lead, (tokens, rows), cols = delta.shape[:-2], delta.shape[-2:], act.shape[-1]
+    delta, act = delta.reshape(-1, tokens, rows), act.reshape(-1, tokens, cols)
+    out = torch.empty(len(delta), dtype=accumulation_dtype(delta, act), device=delta.device)
+    for part in _slices(len(delta), tokens * tokens if ghost else rows * cols):
+        d, a = _widen(delta[part], act[part])
+        if ghost:
+            # cancellation can leave a sum of squares slightly below zero
+            out[part] = ((d @ d.mT) * (a @ a.mT)).sum((-2, -1)).clamp_min(0)
+        else:
+            out[part] = (d.mT @ a).square().sum((-2, -1))
+    return out.reshape(lead)
+
+
+@implements("per_sample_dot")
+def per_sample_dot(delta: Tensor, act: Tensor, V: Tensor, ghost: bool) -> Tensor:
+    lead, (tokens, rows), cols = delta.shape[:-2], delta.shape[-2:], act.shape[-1]
+    delta, act = delta.reshape(-1, tokens, rows), act.reshape(-1, tokens, cols)
+    dtype = accumulation_dtype(delta, act, V)
+    V = V.to(dtype)
+    out = torch.empty(len(delta), len(V), dtype=dtype, device=delta.device)
+    for part in _slices(len(delta), tokens * len(V) * rows if ghost else rows * cols):
+        d, a = delta[part].to(dtype), act[part].to(dtype)
+        if ghost:
+            out[part] = torch.einsum("btmo,bto->bm", torch.einsum("bti,moi->btmo", a, V), d)
+        else:
+            out[part] = (d.mT @ a).flatten(1) @ V.flatten(1).mT
+    return out.reshape(*lead, len(V))
+
+
+@implements("pairwise_dot")
+def pairwise_dot(delta1: Tensor, act1: Tensor, delta2: Tensor, act2: Tensor, ghost: bool) -> Tensor:
+    dtype = accumulation_dtype(delta1, act1, delta2, act2)
+    lead, (samples, tokens, rows) = delta1.shape[:-3], delta1.shape[-3:]
+    cols = act1.shape[-1]
+    out = torch.empty(*lead, samples, delta2.shape[-3], dtype=dtype, device=delta1.device)
+    d2, a2 = delta2.to(dtype), act2.to(dtype)
+    if ghost:
+        d2, a2 = d2.unsqueeze(-4), a2.unsqueeze(-4)
+    else:
+        g2 = (d2.mT @ a2).flatten(-2)
+    for part in _slices(
+        samples, tokens * act2.shape[-3] * act2.shape[-2] if ghost else rows * cols
+    ):
+        d1, a1 = delta1[..., part, :, :].to(dtype), act1[..., part, :, :].to(dtype)
+        if ghost:
+            pairs = (d1.unsqueeze(-3) @ d2.mT) * (a1.unsqueeze(-3) @ a2.mT)
+            out[..., part, :] = pairs.sum((-2, -1))
+        else:
+            out[..., part, :] = (d1.mT @ a1).flatten(-2) @ g2.mT
+    return out
+
+
+@implements("gfim_accumulate_")
+def gfim_accumulate_(C: Tensor, grads: Tensor, side: str, alpha: float) -> Tensor:
+    lead = C.shape[:-2]
+    stack = grads if side == "cols" else grads.mT
+    # alpha may leave fp32's range when squared gradients are tiny, so it multiplies the product
+    (stack,) = _widen(stack.reshape(*lead, -1, stack.shape[-1]))
+    return C.add_(stack.mT @ stack, alpha=alpha)
+
+
+@implements("gfim_accumulate_factored_")
+def gfim_accumulate_factored_(
+    C: Tensor, delta: Tensor, act: Tensor, side: str, alpha: float
+) -> Tensor:
+    lead = C.shape[:-2]
+    delta = delta.reshape(*lead, -1, *delta.shape[-2:])
+    act = act.reshape(*lead, -1, *act.shape[-2:])
+    for part in _slices(delta.shape[-3], delta.shape[-1] * act.shape[-1]):
+        grads = per_sample_grad(delta[..., part, :, :], act[..., part, :, :])
+        gfim_accumulate_(C, grads, side, alpha)
+    return C
+
+
+@implements("gram_accumulate_")
+def gram_accumulate_(K: Tensor, G1: Tensor, G2: Tensor) -> Tensor:
+    G1, G2 = _widen(G1, G2)
+    return K.add_(G1 @ G2.mT)
+
+
+@implements("sherman_morrison")
+def sherman_morrison(V: Tensor, G: Tensor, lam: Tensor) -> Tensor:
+    V, G, lam = _widen(V, G, lam)
+    lam = lam[..., None, None]
+    norm_sq = G.square().sum(-1)[..., None, :]
+    weights = (V @ G.mT) / (lam + norm_sq)
+    return (V - (weights @ G) / G.shape[-2]) / lam
+
+
+@implements("spd_inverse")
+def spd_inverse(A: Tensor) -> tuple[Tensor, Tensor]:
+    """Cholesky inverse and, per matrix, LAPACK's info (0 when positive definite)."""
+    factor, info = torch.linalg.cholesky_ex(A)
+    # a failed factor may hold a zero pivot, on which the inverse raises for the whole batch
+    eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+    factor = torch.where((info > 0)[..., None, None], eye, factor)
+    inverse = torch.cholesky_inverse(factor)
+    return inverse.masked_fill((info > 0)[..., None, None], float("nan")), info
+
+
+@implements("schulz")
+def schulz(A: Tensor, start: Tensor, steps: Sequence[Step]) -> tuple[Tensor, int]:
+    """Run the steps from X = start * I; returns X and the number of d x d products."""
+    eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+    scale = start[..., None, None]
+    X, products = scale * eye, 0
+    for k, step in enumerate(steps):
+        R = eye - scale * A if k == 0 else eye - A @ X
+        factor, spent = _chebyshev_factor(R, eye, step)
+        X = scale * factor if k == 0 else X @ factor
+        products += spent if k == 0 else spent + 2
+    return X, products
+
+
+def _chebyshev_factor(R: Tensor, eye: Tensor, step: Step) -> tuple[Tensor, int]:
+    """The factor Z with X' = X Z of one step of degree 2, 3, 5 or 9, and its products."""
+    c = {name: value[..., None, None] for name, value in step.coefficients.items()}
+    if step.degree == 2:
+        return c["b0"] * eye + c["b1"] * R, 0
+    R2 = R @ R
+    if step.degree == 3:
+        return eye + c["b1"] * (R + R2), 1
+    if step.degree == 5:
+        return eye + (c["b1"] * eye + c["b3"] * R2) @ (R + R2), 2
+    Y = R2 @ (c["c1"] * R2 + c["c2"] * R)
+    Z = (Y + c["d2"] * R2 + c["d1"] * R) @ (Y + c["e2"] * R2)
+    return Z + c["e0"] * Y + c["b2"] * R2 + c["b1"] * R + eye, 3

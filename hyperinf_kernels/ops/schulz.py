@@ -1,0 +1,329 @@
+"""Inverse and solve by Chebyshev-scaled Schulz iteration, with a measured fp64 residual."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .bounds import lower_estimate, upper_bound
+from .dispatch import call, explain
+from .schedule import FREE_FIRST_STEP, PRODUCTS, Step, plan_steps
+
+Precision = Literal["ieee", "tf32x3", "tf32", "bf16"]
+PRECISIONS = ("ieee", "tf32x3", "tf32", "bf16")
+Bounds = tuple[float | Tensor, float | Tensor]
+
+COARSE = 0.1  # residual at which thin refinement takes over from dense products
+MAX_REFINEMENTS = 40
+EPS64 = torch.finfo(torch.float64).eps
+
+
+@dataclass(frozen=True)
+class SolveInfo:
+    """What a solve did. `residual` and `converged` hold one entry per matrix of the batch.
+
+    Attributes:
+        method: "schulz" or "direct".
+        backend: the backend of the dense products.
+        precision: the arithmetic that really ran (a lower one is a permission, not an order).
+        products: dense d x d products spent, the certifying one included.
+        iterations: Schulz steps, or thin refinements added to them.
+        residual: ||I - A X||_F / ||I||_F or ||V - W A||_F / ||V||_F, measured in fp64.
+        converged: residual within `tol`, or within the dtype's floor when `tol` is None.
+        fallback: None, or why (some) matrices were solved directly in fp64 instead.
+    """
+
+    method: str
+    backend: str
+    precision: str
+    products: int
+    iterations: int
+    residual: Tensor
+    converged: Tensor
+    fallback: str | None
+
+
+@overload
+def schulz_inverse(
+    A: Tensor, *, bounds: Bounds | None = ..., tol: float | None = ..., max_products: int = ...,
+    precision: Precision = ..., return_info: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def schulz_inverse(
+    A: Tensor, *, bounds: Bounds | None = ..., tol: float | None = ..., max_products: int = ...,
+    precision: Precision = ..., return_info: Literal[True],
+) -> tuple[Tensor, SolveInfo]: ...  # fmt: skip
+def schulz_inverse(
+    A: Tensor,
+    *,
+    bounds: Bounds | None = None,
+    tol: float | None = None,
+    max_products: int = 64,
+    precision: Precision = "ieee",
+    return_info: bool = False,
+) -> Tensor | tuple[Tensor, SolveInfo]:
+    """Inverse of symmetric positive definite matrices, `torch.linalg.inv(A)`, from products only.
+
+    Chebyshev-scaled Schulz steps (see `schedule`), then plain steps while the residual, measured in
+    fp64, still misses what is asked. A matrix that cannot get there is inverted directly in fp64,
+    and the info says so.
+
+    Args:
+        A: (..., d, d), fp16, bf16, fp32 or fp64.
+        bounds: (lower, upper) of the spectrum, numbers or tensors of the batch's shape. With
+            damping lam: lower = lam, upper = trace. None: estimated.
+        tol: residual ||I - A X||_F / sqrt(d) to reach. None: as exact as the dtype allows, about
+            unit roundoff times the condition number.
+        max_products: dense products to spend at most before the direct solve.
+        precision: the lowest arithmetic the products may use; plain torch always runs "ieee".
+        return_info: also return a `SolveInfo`.
+
+    Returns:
+        X (..., d, d) in fp32, or fp64 for fp64 input; with `return_info`, (X, info).
+
+    Raises:
+        ValueError: A is not square, symmetric, finite or positive definite; bad bounds or tol.
+        TypeError: A is not a floating-point tensor.
+    """
+    A = _checked_matrices(A, tol, precision)
+    if A.numel() == 0:
+        info = _info(A, "schulz", 0, 0, torch.zeros(A.shape[:-2], dtype=torch.float64), tol, 1.0)
+        return (A.clone(), info) if return_info else A.clone()
+    lower, upper = _bounds(A, bounds)
+    eps = torch.finfo(A.dtype).eps
+    start, steps = plan_steps(lower, upper, tol if tol is not None else max(eps, 1e-8))
+    steps = _within(steps, max_products - 1)
+    X, products = call("schulz", (A,), start.to(A.dtype), _in_dtype(steps, A.dtype))
+    R, residual = _inverse_residual(A, X)
+    products += 1
+    iterations = len(steps)
+    goal = tol if tol is not None else eps
+    active = (residual > goal) & (residual < 1)
+    while bool(active.any()) and products + 2 <= max_products:
+        X_next = torch.where(active[..., None, None], X + X @ R.to(X.dtype), X)
+        R_next, residual_next = _inverse_residual(A, X_next)
+        products, iterations = products + 2, iterations + 1
+        better = residual_next < residual
+        X = torch.where(better[..., None, None], X_next, X)
+        R = torch.where(better[..., None, None], R_next, R)
+        # far from the solution residuals shrink slowly; near it, anything short of halving is noise
+        improving = residual_next < torch.where(residual > COARSE, residual, residual / 2)
+        residual = torch.where(better, residual_next, residual)
+        active &= improving & (residual > goal)
+    floor = 8 * eps * upper * X.abs().sum(-1).amax(-1).double()
+    reached = residual <= (tol if tol is not None else floor.clamp_max(0.5))
+    fallback = None
+    if not bool(reached.all()):
+        direct = _cholesky_inverse64(A[~reached]).to(A.dtype)
+        X = X.masked_scatter((~reached)[..., None, None].expand_as(X), direct)
+        fallback = (
+            f"{int((~reached).sum())} of {reached.numel()} matrices missed "
+            f"{_asked(tol)} after {products} products (residual "
+            f"{float(residual[~reached].max()):.2e}); inverted by Cholesky in fp64"
+        )
+        _, residual = _inverse_residual(A, X)
+        products += 1
+    if not return_info:
+        return X
+    scale = float((upper * X.abs().sum(-1).amax(-1).double()).max())
+    return X, _info(A, "schulz", products, iterations, residual, tol, scale, fallback)
+
+
+@overload
+def schulz_solve(
+    A: Tensor, V: Tensor, *, bounds: Bounds | None = ..., tol: float | None = ...,
+    max_products: int = ..., precision: Precision = ..., return_info: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def schulz_solve(
+    A: Tensor, V: Tensor, *, bounds: Bounds | None = ..., tol: float | None = ...,
+    max_products: int = ..., precision: Precision = ..., return_info: Literal[True],
+) -> tuple[Tensor, SolveInfo]: ...  # fmt: skip
+def schulz_solve(
+    A: Tensor,
+    V: Tensor,
+    *,
+    bounds: Bounds | None = None,
+    tol: float | None = None,
+    max_products: int = 64,
+    precision: Precision = "ieee",
+    return_info: bool = False,
+) -> Tensor | tuple[Tensor, SolveInfo]:
+    """V A^-1 for symmetric positive definite A, `torch.linalg.solve(A, V, left=False)`.
+
+    Dense Schulz products only until the residual of the inverse is 0.1; from there thin steps
+    W <- W + (V - W A) X with fp64 residuals, which reach fp32 accuracy even at condition 1e6.
+
+    Args:
+        A: (..., d, d). V: (..., m, d), the same batch dimensions.
+        bounds, max_products, precision, return_info: as in `schulz_inverse`.
+        tol: residual ||V - W A||_F / ||V||_F to reach; None: as exact as the dtype allows.
+
+    Returns:
+        W (..., m, d) in fp32, or fp64 if any input is fp64; with `return_info`, (W, info).
+
+    Raises:
+        ValueError, TypeError: as in `schulz_inverse`; also when V does not fit A or is not finite.
+    """
+    A = _checked_matrices(A, tol, precision)
+    checks.floating(A=A, V=V)
+    checks.at_least(2, "(..., m, d)", V=V)
+    checks.agree(
+        V.shape[:-2] == A.shape[:-2] and V.shape[-1] == A.shape[-1],
+        "V (..., m, d) must fit A (..., d, d)", V=V, A=A,
+    )  # fmt: skip
+    checks.finite_matrices("V", V)
+    dtype = checks.accumulation_dtype(A, V)
+    A, V = A.to(dtype), V.to(dtype)
+    if A.numel() == 0 or V.numel() == 0:
+        info = _info(A, "schulz", 0, 0, torch.zeros(A.shape[:-2], dtype=torch.float64), tol, 1.0)
+        return (V.clone(), info) if return_info else V.clone()
+    lower, upper = _bounds(A, bounds)
+    start, steps = plan_steps(lower, upper, COARSE)
+    steps = _within(steps, max_products)
+    X, products = call("schulz", (A,), start.to(dtype), _in_dtype(steps, dtype))
+
+    eps = torch.finfo(dtype).eps
+    A64, V64, X64 = A.double(), V.double(), X.double()
+    norm = _norm(V64).clamp_min(torch.finfo(torch.float64).tiny)
+    W, best = V64 @ X64, torch.full_like(norm, float("inf"))
+    refinements = 0
+    for _ in range(MAX_REFINEMENTS):
+        E = V64 - W @ A64
+        residual = _norm(E) / norm
+        slow = residual > best / 2
+        best = torch.minimum(best, residual)
+        floor64 = 2 * EPS64 * (1 + upper * _norm(W) / norm)
+        unfinished = residual > floor64.clamp_min((tol or eps) / 4)
+        if not bool(unfinished.any()):
+            break
+        if bool((slow & unfinished).any()):
+            # above their floor thin steps stall only because X is too coarse
+            if products + 2 > max_products:
+                break
+            X64 = 2 * X64 - X64 @ (A64 @ X64)
+            products, best = products + 2, torch.full_like(best, float("inf"))
+        W, refinements = W + E @ X64, refinements + 1
+    out = W.to(dtype)
+    residual = _norm(V64 - out.double() @ A64) / norm
+    gain = upper * _norm(W) / norm
+    reached = residual <= (tol if tol is not None else (8 * eps * (1 + gain)).clamp_max(0.5))
+    fallback = None
+    if not bool(reached.all()):
+        inverse = _cholesky_inverse64(A[~reached])
+        direct = V64[~reached] @ inverse
+        direct = direct + (V64[~reached] - direct @ A64[~reached]) @ inverse
+        out = out.masked_scatter((~reached)[..., None, None].expand_as(out), direct.to(dtype))
+        fallback = (
+            f"{int((~reached).sum())} of {reached.numel()} systems missed {_asked(tol)} "
+            f"(residual {float(residual[~reached].nan_to_num(torch.inf).max()):.2e}); "
+            "solved by Cholesky in fp64"
+        )
+        residual = _norm(V64 - out.double() @ A64) / norm
+    if not return_info:
+        return out
+    iterations = len(steps) + refinements
+    scale = 1 + float(gain.max())
+    return out, _info(A, "schulz", products, iterations, residual, tol, scale, fallback)
+
+
+def _checked_matrices(A: Tensor, tol: float | None, precision: str) -> Tensor:
+    checks.floating(A=A)
+    checks.at_least(2, "(..., d, d)", A=A)
+    checks.agree(A.shape[-1] == A.shape[-2], "A must hold square matrices (..., d, d)", A=A)
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    A = A.to(checks.accumulation_dtype(A))
+    eps = torch.finfo(A.dtype).eps
+    if tol is not None and not eps / 2 <= tol < 1:
+        raise ValueError(
+            f"tol must lie in [{eps / 2:.1e}, 1) for {A.dtype}, got {tol}; "
+            f"no {A.dtype} result has a smaller residual, whatever the condition number"
+        )
+    checks.finite_matrices("A", A)
+    if A.numel():
+        size = A.abs().amax((-2, -1))
+        skew = (A - A.mT).abs().amax((-2, -1))
+        if bool((skew > 1e-3 * size).any()):
+            raise ValueError("A must be symmetric; the largest |A - A^T| is over 1e-3 of max |A|")
+    return A
+
+
+def _bounds(A: Tensor, bounds: Bounds | None) -> tuple[Tensor, Tensor]:
+    A64 = A.double()
+    if bounds is None:
+        return lower_estimate(A64), upper_bound(A64)
+    lower, upper = (
+        torch.as_tensor(b, dtype=torch.float64, device=A.device).expand(A.shape[:-2])
+        for b in bounds
+    )
+    if not bool(((lower > 0) & (lower <= upper) & torch.isfinite(upper)).all()):
+        raise ValueError(f"bounds must satisfy 0 < lower <= upper < inf, got {bounds}")
+    return lower, upper
+
+
+def _within(steps: list[Step], max_products: int) -> list[Step]:
+    if max_products < 1:
+        raise ValueError("max_products must be at least 2")
+    spent, kept = -FREE_FIRST_STEP, []
+    for step in steps:
+        spent += PRODUCTS[step.degree]
+        if spent > max_products:
+            break
+        kept.append(step)
+    return kept
+
+
+def _in_dtype(steps: list[Step], dtype: torch.dtype) -> list[Step]:
+    return [
+        Step(s.degree, {k: c.to(dtype) for k, c in s.coefficients.items()}, s.predicted)
+        for s in steps
+    ]
+
+
+def _norm(M: Tensor) -> Tensor:
+    return M.square().sum((-2, -1)).sqrt()
+
+
+def _inverse_residual(A: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
+    R = torch.eye(A.shape[-1], dtype=torch.float64, device=A.device) - A.double() @ X.double()
+    return R, (_norm(R) / A.shape[-1] ** 0.5).nan_to_num(torch.inf)
+
+
+def _cholesky_inverse64(A: Tensor) -> Tensor:
+    factor, info = torch.linalg.cholesky_ex(A.double())
+    if bool((info > 0).any()):
+        bad = torch.nonzero(info > 0)[0].tolist()
+        raise ValueError(
+            f"A is not positive definite (matrix {bad} of those that did not converge)"
+        )
+    return torch.cholesky_inverse(factor)
+
+
+def _asked(tol: float | None) -> str:
+    return f"tol {tol:.1e}" if tol is not None else "the dtype's floor"
+
+
+def _info(
+    A: Tensor,
+    method: str,
+    products: int,
+    iterations: int,
+    residual: Tensor,
+    tol: float | None,
+    gain: float,
+    fallback: str | None = None,
+) -> SolveInfo:
+    floor = 16 * torch.finfo(A.dtype).eps * gain
+    limit = tol if tol is not None else min(0.5, floor)
+    if tol is not None and bool((residual > tol).any()):
+        note = f"{A.dtype} attains about {float(residual.max()):.1e} here"
+        fallback = f"{fallback}; {note}" if fallback else note
+    backend = explain("schulz", A).backend
+    return SolveInfo(
+        method, backend, "ieee", products, iterations, residual, residual <= limit, fallback
+    )

@@ -1,0 +1,75 @@
+"""Inverse of SPD matrices by the faster of a direct factorisation and Schulz steps."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .dispatch import call, explain
+from .schulz import SolveInfo, _checked_matrices, _info, _inverse_residual, schulz_inverse
+
+Method = Literal["auto", "direct", "schulz"]
+
+
+@overload
+def spd_inverse(
+    A: Tensor, *, method: Method = ..., return_info: Literal[False] = ...
+) -> Tensor: ...
+@overload
+def spd_inverse(
+    A: Tensor, *, method: Method = ..., return_info: Literal[True]
+) -> tuple[Tensor, SolveInfo]: ...
+def spd_inverse(
+    A: Tensor, *, method: Method = "auto", return_info: bool = False
+) -> Tensor | tuple[Tensor, SolveInfo]:
+    """Inverse of symmetric positive definite matrices, `torch.linalg.inv(A)`.
+
+    Args:
+        A: (..., d, d), fp16, bf16, fp32 or fp64.
+        method: "direct" is a Cholesky inverse, d^3 flop; "schulz" is `schulz_inverse`; "auto" takes
+            the faster one, which is "direct" wherever it has been measured so far.
+        return_info: also return a `SolveInfo`.
+
+    Returns:
+        X (..., d, d) in fp32, or fp64 for fp64 input; with `return_info`, (X, info). A matrix that
+        Cholesky rejects in fp32 is retried in fp64, which `info.fallback` tells.
+
+    Raises:
+        ValueError: A is not square, symmetric or finite, or the named matrix is not positive
+            definite even in fp64; unknown method.
+        TypeError: A is not a floating-point tensor.
+    """
+    if method not in ("auto", "direct", "schulz"):
+        raise ValueError(f"method must be auto, direct or schulz, got {method!r}")
+    if method == "schulz":
+        return schulz_inverse(A, return_info=True) if return_info else schulz_inverse(A)
+    A = _checked_matrices(A, None, "ieee")
+    if A.numel() == 0:
+        X, failed = A.clone(), torch.zeros(A.shape[:-2], dtype=torch.int32)
+    else:
+        X, failed = call("spd_inverse", (A,))
+    fallback = None
+    if bool((failed > 0).any()):
+        bad = failed > 0
+        retried, info64 = call("spd_inverse", (A[bad].double(),))
+        if bool((info64 > 0).any()):
+            index = torch.nonzero(bad)[torch.nonzero(info64 > 0)[0, 0]].tolist()
+            name = f"A[{', '.join(map(str, index))}]" if index else "A"
+            raise ValueError(f"{name} is not positive definite; add damping")
+        X = X.masked_scatter(bad[..., None, None].expand_as(X), retried.to(X.dtype))
+        fallback = f"{int(bad.sum())} of {bad.numel()} matrices needed fp64"
+    if not return_info:
+        return X
+    if A.numel() == 0:
+        residual, gain = torch.zeros(A.shape[:-2], dtype=torch.float64), 1.0
+    else:
+        _, residual = _inverse_residual(A, X)
+        gain = float((A.abs().sum(-1).amax(-1) * X.abs().sum(-1).amax(-1)).max())
+    info = _info(A, "direct", 1, 0, residual, None, gain, fallback)
+    return X, SolveInfo(**{**info.__dict__, "backend": explain("spd_inverse", A).backend})
+
+
+__all__ = ["SolveInfo", "checks", "spd_inverse"]

@@ -1,0 +1,258 @@
+"""What all solvers share: update(batch) -> fit() -> apply(V) -> report()."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..ops.checks import FLOATING, accumulation_dtype
+from .damping import DEFAULT_DAMPING, Damping, as_damping
+from .report import BlockReport, Outcome, angle
+
+Gradients = Mapping[str, Tensor]
+
+
+@dataclass
+class BlockState:
+    """Running statistics of one block's training gradients, (n, r, d)."""
+
+    shape: tuple[int, int]
+    sum_square: float = 0.0
+    n: int = 0
+
+    @property
+    def mean_square(self) -> float:
+        return self.sum_square / (self.n * self.shape[0] * self.shape[1])
+
+
+class Solver:
+    """Base of the influence methods: W = V A^-1 per block, with A from the training gradients.
+
+    Subclasses keep what they need of each batch (`_keep`), and solve one block (`_solve`).
+    `update` may be called any number of times with batches of any size; `fit` resolves the damping
+    and may be called again after further updates; `apply` certifies what it returns.
+
+    Args:
+        damping: a `Damping`, or a number for `AbsoluteDamping`.
+    """
+
+    method: ClassVar[str]
+    option_names: ClassVar[tuple[str, ...]] = ()
+    needs_damping: ClassVar[bool] = True
+
+    def __init__(self, damping: Damping | float = DEFAULT_DAMPING) -> None:
+        self.damping = as_damping(damping)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all gradients and reports; keep the options."""
+        self.blocks: dict[str, BlockState] = {}
+        self.lambdas: dict[str, float] = {}
+        self._reports: dict[str, BlockReport] = {}
+
+    def options(self) -> dict[str, Any]:
+        """The constructor's options besides damping, as plain values."""
+        return {name: getattr(self, name) for name in self.option_names}
+
+    @property
+    def n(self) -> int:
+        """Training samples seen so far."""
+        return next(iter(self.blocks.values())).n if self.blocks else 0
+
+    def update(self, grads: Gradients, *, copy: bool = True) -> None:
+        """Add a batch of per-sample training gradients.
+
+        Args:
+            grads: {block: (B, r, d)}, the same blocks and shapes in every call, one B per call.
+            copy: whether a method that keeps the gradients copies them. False: the caller does not
+                change them later.
+
+        Raises:
+            InputError: block names or shapes that do not fit, or NaN or inf (block and row named).
+        """
+        check_gradients(grads, {name: s.shape for name, s in self.blocks.items()}, "train", self.n)
+        self.lambdas = {}
+        for name, batch in grads.items():
+            r, d = int(batch.shape[1]), int(batch.shape[2])
+            state = self.blocks.setdefault(name, BlockState((r, d)))
+            state.n += len(batch)
+            state.sum_square += float(batch.to(torch.float64).square().sum())
+            if len(batch):
+                self._keep(name, batch, copy)
+
+    def fit(self) -> Self:
+        """Resolve every block's damping.
+
+        Raises:
+            InputError: no training sample, or a block whose damping is zero or not finite.
+        """
+        if self.n == 0:
+            raise InputError("there are no training gradients: update() was given zero rows")
+        for name, state in self.blocks.items():
+            lam = self.damping.value(state.mean_square, self._mean_eigenvalue(state))
+            if state.sum_square == 0 and self.damping.absolute == 0 and self.needs_damping:
+                raise InputError(
+                    f"block {name}: every training gradient is zero, so its curvature is singular "
+                    f"and its damping ({self.damping}) is zero. An untrained LoRA adapter (B = 0) "
+                    "does this; train it, leave the block out, or add AbsoluteDamping"
+                )
+            self.lambdas[name] = lam
+            self._fit_block(name, lam)
+        self._reports = {}
+        return self
+
+    def apply(self, queries: Gradients) -> dict[str, Tensor]:
+        """W = V A^-1 for every block.
+
+        Args:
+            queries: {block: (m, r, d)}, the fitted blocks, one m.
+
+        Returns:
+            {block: (m, r, d)} in fp32 (fp64 for fp64 input).
+
+        Raises:
+            InputError: names or shapes that do not fit, NaN or inf in queries or in the result.
+        """
+        if not self.lambdas:
+            self.fit()
+        check_gradients(queries, {name: s.shape for name, s in self.blocks.items()}, "query")
+        solved = {}
+        for name, V in queries.items():
+            state = self.blocks[name]
+            V = V.to(accumulation_dtype(V))
+            if V.numel() == 0:
+                W, outcome = torch.zeros_like(V), Outcome(residual=0.0)
+            else:
+                W, outcome = self._solve(name, V)
+            if not bool(torch.isfinite(W).all()):
+                raise InputError(
+                    f"block {name}: {self.method} gave NaN or inf "
+                    f"({outcome.fallback or 'check damping and the scale of the gradients'})"
+                )
+            self._record(name, state, outcome, angle(V, W))
+            solved[name] = W
+        return solved
+
+    def report(self) -> list[BlockReport]:
+        """One entry per block, the worst over all `apply` calls since `fit`."""
+        return list(self._reports.values())
+
+    def _record(
+        self, name: str, state: BlockState, outcome: Outcome, collapse_angle: float | None
+    ) -> None:
+        entry = BlockReport(
+            block=name,
+            method=self.method,
+            n=state.n,
+            shape=state.shape,
+            damping=self.lambdas[name],
+            collapse_angle=collapse_angle,
+            **outcome.__dict__,
+        )
+        before = self._reports.get(name)
+        if before is not None:
+            worse = entry if (entry.residual or 0) >= (before.residual or 0) else before
+            entry = replace(
+                worse,
+                products=before.products + entry.products,
+                iterations=max(before.iterations, entry.iterations),
+                converged=before.converged and entry.converged,
+                fallback=before.fallback or entry.fallback,
+            )
+        self._reports[name] = entry
+
+    def _condition_bound(self, name: str) -> float | None:
+        """1 + trace / lambda: the damping bounds the spectrum below, the trace above."""
+        state, lam = self.blocks[name], self.lambdas[name]
+        return 1 + state.sum_square / state.n / lam if lam > 0 else None
+
+    def _mean_eigenvalue(self, state: BlockState) -> float:
+        """trace / dimension of the flattened Fisher; the GFIM has its own."""
+        return state.mean_square
+
+    def _keep(self, name: str, batch: Tensor, copy: bool) -> None:
+        """Keep what later steps need of a batch (B, r, d), B > 0; a copy if `copy`."""
+
+    def _fit_block(self, name: str, lam: float) -> None:
+        """Prepare one block once its damping is known."""
+
+    def _solve(self, name: str, V: Tensor) -> tuple[Tensor, Outcome]:
+        """W (m, r, d) for V (m, r, d), m > 0."""
+        raise NotImplementedError
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What a saved solver consists of: tensors by name, and plain values for JSON."""
+        meta = {
+            name: {"shape": list(s.shape), "sum_square": s.sum_square, "n": s.n}
+            for name, s in self.blocks.items()
+        }
+        return self._tensors(), {"blocks": meta}
+
+    def restore(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        """Take over a saved `state`, replacing everything seen so far."""
+        self.reset()
+        for name, saved in meta["blocks"].items():
+            r, d = saved["shape"]
+            self.blocks[name] = BlockState((r, d), saved["sum_square"], saved["n"])
+        self._take_tensors(tensors)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {}
+
+    def _take_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Inverse of `_tensors`."""
+
+
+def check_gradients(
+    grads: Gradients,
+    expected: Mapping[str, tuple[int, int]],
+    role: str,
+    first_row: int = 0,
+) -> None:
+    """Blocks, shapes and values of a batch of per-sample gradients; `role` is train or query."""
+    if not grads:
+        raise InputError(f"{role} gradients hold no block")
+    if expected and set(grads) != set(expected):
+        missing, extra = sorted(set(expected) - set(grads)), sorted(set(grads) - set(expected))
+        raise InputError(
+            f"{role} gradients have other blocks than the training gradients before them: "
+            f"missing {missing[:3]}, unexpected {extra[:3]}"
+        )
+    counts = {}
+    for name, batch in grads.items():
+        if not isinstance(batch, Tensor) or batch.dtype not in FLOATING or batch.ndim != 3:
+            what = tuple(batch.shape) if isinstance(batch, Tensor) else type(batch).__name__
+            raise InputError(
+                f"block {name}: {role} gradients must be a floating-point tensor (samples, r, d), "
+                f"got {what}"
+            )
+        shape = (int(batch.shape[1]), int(batch.shape[2]))
+        if name in expected and shape != tuple(expected[name]):
+            raise InputError(
+                f"block {name}: {role} gradients are {shape}, training gradients {expected[name]}"
+            )
+        counts[name] = len(batch)
+    if len(set(counts.values())) > 1:
+        one, other = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
+        raise InputError(
+            f"{role} gradients disagree on the number of samples: "
+            f"{one} has {counts[one]}, {other} has {counts[other]}"
+        )
+    for name, batch in grads.items():
+        check_finite(name, batch, role, first_row)
+
+
+def check_finite(name: str, batch: Tensor, role: str, first_row: int = 0) -> None:
+    """Name the block and the first row whose gradient holds NaN or inf."""
+    # NaN and inf both survive a sum of absolute values, which is one fast pass
+    if batch.numel() and not bool(torch.isfinite(batch.abs().sum(dtype=torch.float64))):
+        rows = torch.nonzero(~torch.isfinite(batch).flatten(1).all(1)).flatten()
+        raise InputError(
+            f"block {name}: the gradient of {role} row {first_row + int(rows[0])} holds NaN or inf "
+            f"({len(rows)} of {len(batch)} rows in this batch)"
+        )
