@@ -374,8 +374,10 @@ def assert_as_exact_as(
     )
 
 
-def assert_names(message: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """The message names one of these arguments together with its shape, in any bracket style."""
-    plain = message.replace("[", "(").replace("]", ")")
-    named = [name for name, shape in shapes.items() if name in plain and str(shape) in plain]
-    assert named, f"{message!r} names none of {dict(shapes)}"
+def naming(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Pattern of a message that names one of these arguments and its shape, in any brackets."""
+    options = []
+    for name, shape in shapes.items():
+        printed = ", ".join(str(size) for size in shape) + ",?"
+        options.append(rf"(?=.*\b{name}\b)(?=.*[\[(]{printed}[\])])")
+    return f"(?s)({'|'.join(options)})"

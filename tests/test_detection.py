@@ -137,7 +137,8 @@ def test_long_roc_curve_is_thinned_but_keeps_its_ends_and_area(points: int) -> N
     assert len(full) == 3001
     assert points / 2 < fpr.size <= points
     assert (fpr[0], tpr[0], fpr[-1], tpr[-1]) == (0.0, 0.0, 1.0, 1.0)
-    assert (np.diff(fpr) >= 0).all() and (np.diff(tpr) >= 0).all()
+    assert (np.diff(fpr) >= 0).all()
+    assert (np.diff(tpr) >= 0).all()
     assert set(zip(fpr.tolist(), tpr.tolist(), strict=True)) <= full
     # Skipped vertices lie within one step of 2 / (points - 1) along the curve.
     gap = abs(trapezoid(fpr, tpr) - roc_auc(scores, positive))
@@ -161,7 +162,8 @@ def test_detection_area_is_tied_to_the_auc() -> None:
     few, found = detection_curve(scores, positive, points=6)
     assert few.tolist() == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
     assert found[1] == recall_at(scores, positive, 100)
-    assert found[0] == 0.0 and found[-1] == 1.0
+    assert found[0] == 0.0
+    assert found[-1] == 1.0
     # Depths 10/3 and 20/3 go to the nearest whole row.
     assert detection_curve(scores[:10], np.arange(10) < 4, points=4)[0].tolist() == [0, 0.3, 0.7, 1]
 

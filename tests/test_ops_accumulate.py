@@ -362,9 +362,8 @@ def test_gfim_refuses_shapes_by_name_and_leaves_the_accumulator(
     if act is not None:
         shapes["act"] = act
         args.append(torch.ones(act))
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=oracle.naming(shapes)):
         hk.gfim_accumulate_(accumulator, *args, side=side)
-    oracle.assert_names(str(caught.value), shapes)
     assert torch.equal(accumulator, torch.zeros(c))
 
 
@@ -389,9 +388,8 @@ def test_gram_refuses_shapes_by_name_and_leaves_the_accumulator(
     if second is not None:
         shapes["G2"] = second
         args.append(torch.ones(second))
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=oracle.naming(shapes)):
         hk.gram_accumulate_(accumulator, *args)
-    oracle.assert_names(str(caught.value), shapes)
     assert torch.equal(accumulator, torch.zeros(k))
 
 

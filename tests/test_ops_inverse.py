@@ -207,7 +207,8 @@ def test_info_reports_the_residual_that_the_result_has(
     assert_residual_honest(info, oracle.inverse_residual(a, actual), a)
     assert bool(info.converged)
     assert info.fallback is None
-    assert (info.backend, info.precision) == ("torch", "ieee") or info.backend != "torch"
+    assert info.precision == "ieee"
+    assert info.backend
 
 
 def test_info_names_the_method_that_ran() -> None:
@@ -238,15 +239,15 @@ def test_chebyshev_steps_need_a_fraction_of_the_published_products(
     assert 0 < info.iterations < info.products
 
 
-@pytest.mark.parametrize("tol", [1e-2, 1e-5, 1e-9], ids="tol={:g}".format)
-def test_tolerance_is_met_and_looser_costs_less(tol: float) -> None:
+def test_every_tolerance_is_met_and_a_looser_one_costs_less() -> None:
     a = spd(1e3, 24, dtype=torch.float64)
-    actual, info = hk.schulz_inverse(a, tol=tol, return_info=True)
-    assert oracle.inverse_residual(a, actual) <= tol
-    assert bool(info.converged)
-    full = hk.schulz_inverse(a, return_info=True)[1]
-    assert info.products <= full.products
-    assert tol < 1e-3 or info.products < full.products
+    products = []
+    for tol in (1e-2, 1e-6, 1e-11):
+        actual, info = hk.schulz_inverse(a, tol=tol, return_info=True)
+        assert oracle.inverse_residual(a, actual) <= tol
+        assert bool(info.converged)
+        products.append(info.products)
+    assert products[0] < products[1] < products[2]
 
 
 def test_fp32_reaches_a_residual_below_its_own_noise_by_refinement() -> None:
@@ -305,15 +306,21 @@ def test_loose_bounds_cost_products_not_accuracy(
     assert info.fallback is None
 
 
-@pytest.mark.parametrize("short_by", [0.99, 0.5, 0.01], ids="upper x {:g}".format)
 @pytest.mark.parametrize("operation", ["inverse", "solve"])
+@pytest.mark.parametrize(
+    ("share", "must_fall_back"),
+    [
+        pytest.param(0.99, False, id="1 % short"),  # low-degree steps may still recover
+        pytest.param(0.5, True, id="half"),
+        pytest.param(0.01, True, id="1 % of it"),
+    ],
+)
 def test_upper_bound_below_the_spectrum_still_gives_the_right_answer(
-    short_by: float, operation: str
+    share: float, must_fall_back: bool, operation: str
 ) -> None:
-    """Schulz diverges there; the answer must come from somewhere else, and the info must say so
-    unless the steps happened to recover."""
+    """Schulz diverges there, so the answer must come from elsewhere and the info must say so."""
     a, v = spd(1e3, 20, spectrum="one large eigenvalue"), random(3, 20)
-    bounds = (1e-3, short_by)
+    bounds = (1e-3, share)
     if operation == "inverse":
         actual, info = hk.schulz_inverse(a, bounds=bounds, return_info=True)
         assert_inverse_exact(actual, a, torch.float32)
@@ -321,9 +328,7 @@ def test_upper_bound_below_the_spectrum_still_gives_the_right_answer(
         actual, info = hk.schulz_solve(a, v, bounds=bounds, return_info=True)
         assert_solve_exact(actual, a, v, torch.float32)
     assert bool(info.converged)
-    assert info.fallback is not None or info.products > 0
-    if short_by <= 0.5:
-        assert info.fallback
+    assert info.fallback or not must_fall_back
 
 
 def test_bounds_may_differ_by_matrix() -> None:
@@ -444,7 +449,7 @@ def test_solve_for_a_zero_row_is_zero() -> None:
     ],
 )
 def test_solve_promotes_mixed_types(of_a: torch.dtype, of_v: torch.dtype, acc: torch.dtype) -> None:
-    a, v = spd(100.0, 8, dtype=of_a), random(3, 8, dtype=of_v)
+    a, v = spd(10.0, 8, dtype=of_a), random(3, 8, dtype=of_v)
     assert_solve_exact(hk.schulz_solve(a, v), a, v, acc)
 
 
@@ -509,9 +514,8 @@ def test_asymmetric_matrix_is_refused(inverse: Inverse) -> None:
 def test_matrix_that_is_not_square_is_refused_by_shape(
     inverse: Inverse, shape: tuple[int, ...]
 ) -> None:
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=oracle.naming({"A": shape})):
         inverse(torch.zeros(shape))
-    oracle.assert_names(str(caught.value), {"A": shape})
 
 
 @pytest.mark.parametrize(
@@ -524,9 +528,8 @@ def test_matrix_that_is_not_square_is_refused_by_shape(
     ],
 )
 def test_solve_refuses_shapes_by_name(a: tuple[int, ...], v: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=oracle.naming({"A": a, "V": v})):
         hk.schulz_solve(torch.eye(a[-2], a[-1]).expand(a), torch.ones(v))
-    oracle.assert_names(str(caught.value), {"A": a, "V": v})
 
 
 @pytest.mark.parametrize(

@@ -358,9 +358,9 @@ OPS: dict[str, Callable[..., torch.Tensor]] = {
 def test_mismatched_factors_are_refused_by_name_and_shape(
     op: str, delta: tuple[int, ...], act: tuple[int, ...]
 ) -> None:
-    with pytest.raises(ValueError) as caught:
+    shapes = {"delta": delta, "act": act, "delta1": delta, "act1": act}
+    with pytest.raises(ValueError, match=oracle.naming(shapes)):
         OPS[op](torch.zeros(delta), torch.zeros(act))
-    oracle.assert_names(str(caught.value), {"delta": delta, "act": act})
 
 
 @pytest.mark.parametrize(
@@ -373,21 +373,21 @@ def test_mismatched_factors_are_refused_by_name_and_shape(
     ],
 )
 def test_dot_refuses_queries_of_another_shape(v: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=oracle.naming({"V": v})):
         hk.per_sample_dot(*factors((2,), 3, 4, 6), torch.zeros(v))
-    oracle.assert_names(str(caught.value), {"V": v})
 
 
 @pytest.mark.parametrize(
     ("o", "i"), [pytest.param(5, 6, id="O differs"), pytest.param(4, 7, id="I differs")]
 )
 def test_pairwise_dot_refuses_pairs_of_different_layers(o: int, i: int) -> None:
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(
+        ValueError,
+        match=oracle.naming(
+            {"delta1": (2, 3, 4), "act1": (2, 3, 6), "delta2": (5, 2, o), "act2": (5, 2, i)}
+        ),
+    ):
         hk.pairwise_dot(*factors((2,), 3, 4, 6), *factors((5,), 2, o, i))
-    oracle.assert_names(
-        str(caught.value),
-        {"delta1": (2, 3, 4), "act1": (2, 3, 6), "delta2": (5, 2, o), "act2": (5, 2, i)},
-    )
 
 
 @pytest.mark.parametrize("op", OPS)

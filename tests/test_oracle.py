@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
@@ -343,3 +345,17 @@ def test_comparison_rejects_what_is_worse_than_the_peer(bad: float) -> None:
 
 def test_comparison_accepts_what_is_as_good_as_the_peer() -> None:
     oracle.assert_as_exact_as([1.0 + 2e-7], [1.0], [1.0 + 1e-7], k=4, floor=0.0)
+
+
+@pytest.mark.parametrize(
+    ("message", "names"),
+    [
+        ("act has shape (3, 5)", True),
+        ("delta is [2, 4], act is [3, 5]", True),
+        ("act must be 3-D", False),
+        ("activation has shape (3, 5)", False),
+        ("act has shape (3, 5, 1)", False),
+    ],
+)
+def test_naming_asks_for_the_argument_and_its_shape(message: str, names: bool) -> None:
+    assert bool(re.search(oracle.naming({"act": (3, 5)}), message)) == names

@@ -117,10 +117,12 @@ def test_residual_none_is_drawn_as_unreported_and_not_as_a_failure() -> None:
     blocks[2]["residual"] = None
     assert [state(b) for b in blocks] == ["good", "good", "none", "good"]
     page = Page(render_html(document))
-    assert "no residual reported" in page.text and "flagged block" not in page.text
+    assert "no residual reported" in page.text
+    assert "flagged block" not in page.text
     blocks[2]["residual"] = math.nan
     page = Page(render_html(document))
-    assert state(blocks[2]) == "miss" and "1 flagged block" in page.text
+    assert state(blocks[2]) == "miss"
+    assert "1 flagged block" in page.text
 
 
 @pytest.mark.parametrize(
@@ -170,7 +172,8 @@ def test_any_nested_key_may_be_missing() -> None:
 
 def test_the_smallest_document_and_the_wrong_format() -> None:
     page = Page(render_html({"format": 1}))
-    assert "Influence report" in page.text and "No method was run." in page.text
+    assert "Influence report" in page.text
+    assert "No method was run." in page.text
     for wrong in ({}, {"format": 2}, {"format": None}):
         with pytest.raises(InputError, match="format 1"):
             render_html(wrong)
@@ -184,9 +187,12 @@ def test_long_right_to_left_and_odd_texts_are_kept_and_folded() -> None:
     query = document["queries"][0]
     query.update({"prompt": arabic, "answer": odd, "class": "\u05e9\u05dc\u05d5\u05dd"})
     page = Page(html := render_html(document))
-    assert arabic in page.text and 'dir="auto"' in html
+    assert arabic in page.text
+    assert 'dir="auto"' in html
     html.encode("utf-8")  # a lone surrogate would raise here
-    assert "\x00" not in html and "\x1b" not in html and "\U0001f600" in page.text
+    assert "\x00" not in html
+    assert "\x1b" not in html
+    assert "\U0001f600" in page.text
     long = "word " * 700
     folded = Page(passage(long))
     assert [n for n, _ in folded.elements].count("details") == 1
@@ -197,8 +203,10 @@ def test_long_right_to_left_and_odd_texts_are_kept_and_folded() -> None:
 
 def test_only_tag_makes_markup() -> None:
     bold = tag("b", "x < y")
-    assert bold == "<b>x &lt; y</b>" and join([bold, "<i>", None, [1]]) == f"{bold}&lt;i&gt;1"
-    assert not isinstance(f"{bold}", Markup) and "&lt;b&gt;" in tag("p", f"{bold}")
+    assert bold == "<b>x &lt; y</b>"
+    assert join([bold, "<i>", None, [1]]) == f"{bold}&lt;i&gt;1"
+    assert not isinstance(f"{bold}", Markup)
+    assert "&lt;b&gt;" in tag("p", f"{bold}")
     assert (
         tag("i.a.b", title='"<', hidden=True, id=None)
         == '<i class="a b" title="&quot;&lt;" hidden></i>'

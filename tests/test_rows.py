@@ -65,7 +65,6 @@ def test_line_ends_blank_tail_mark_and_separators(tmp_path: Path) -> None:
 
 
 BAD_LINES = [
-    (["{oops}", ASK], "line 1: not valid JSON: Expecting property name"),
     ([ASK, '{"prompt": "p" "answer": 1}'], "line 2: not valid JSON: Expecting ',' delimiter"),
     ([ASK, "", ASK], "line 2: blank, but rows follow"),
     (["[", "{}", "]"], "line 1: not valid JSON"),
@@ -88,7 +87,6 @@ BAD_LINES = [
     (['{"prompt": "p", "answer": ["a"]}'], '"answer" must be text or a number, but is ["a"]'),
     (['{"prompt": " \\n", "answer": "a"}'], 'line 1: "prompt" is empty'),
     (['{"prompt": "p", "answer": ""}'], 'line 1: "answer" is empty'),
-    (['{"text": "", "label": 1}'], 'line 1: "text" is empty'),
     (['{"text": "t", "label": ""}'], 'line 1: "label" is empty'),
     (['{"text": "t", "label": true}'], '"label" must be a whole number or text, but is true'),
     (['{"text": "t", "label": 1.0}'], '"label" must be a whole number or text, but is 1.0'),
@@ -113,8 +111,10 @@ def test_bad_rows_name_file_line_and_problem(
     with pytest.raises(InputError) as caught:
         read_rows(path)
     text = str(caught.value)
-    assert text.startswith(f"{path}, line ") and message in text
-    assert "\n" not in text and len(text) < len(str(path)) + 200
+    assert text.startswith(f"{path}, line ")
+    assert message in text
+    assert "\n" not in text
+    assert len(text) < len(str(path)) + 200
 
 
 def test_bad_files(tmp_path: Path) -> None:
@@ -220,14 +220,16 @@ def test_flip_is_fixed_by_its_seed_and_reaches_all_rows_and_labels() -> None:
     picks = [flip_labels(rows, 0.25, seed=s) for s in range(60)]
     hits = Counter(row.id for pick in picks for row in pick if row.corrupted)
     # 600 draws over 40 rows: 15 each, standard deviation 3.4.
-    assert len(hits) == 40 and max(hits.values()) < 35
+    assert len(hits) == 40
+    assert max(hits.values()) < 35
     moves = Counter(
         (old.label, new.label)
         for pick in picks
         for old, new in zip(rows, pick, strict=True)
         if new.corrupted
     )
-    assert len(moves) == 6 and min(moves.values()) > 60
+    assert len(moves) == 6
+    assert min(moves.values()) > 60
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,8 @@ EXPECTED = {
 
 def sentence_of(row: Row) -> str:
     """What stands between the request and the arrow."""
-    assert row.prompt.count(": ") == 1 and row.prompt.endswith(" ->")
+    assert row.prompt.count(": ") == 1
+    assert row.prompt.endswith(" ->")
     return row.prompt.split(": ")[1].removesuffix(" ->")
 
 
@@ -116,7 +117,8 @@ def test_corruption_is_exact_even_and_wrong(n: int, corrupt: float) -> None:
     share = Counter(row.group for row in train if row.corrupted)
     if n == 900:
         places = [i for i, row in enumerate(train) if row.corrupted]
-        assert min(places) < 100 and max(places) >= 800
+        assert min(places) < 100
+        assert max(places) >= 800
     if corrupt < 1:
         assert max(share.values(), default=0) - min(share[c.name] for c in CLASSES) <= 1
 

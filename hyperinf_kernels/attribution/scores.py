@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,6 +70,28 @@ class InfluenceScores:
         """Whether every block was solved to tolerance, the worst residual, and a sentence."""
         return summarise(self.report)
 
+    def aligned(self, train_ids: Sequence[Id], query_ids: Sequence[Id]) -> InfluenceScores:
+        """The same scores with rows in the order of `query_ids`, columns in that of `train_ids`.
+
+        A top-k result has no columns to order.
+
+        Raises:
+            ValueError: an id is missing here.
+        """
+        rows = _places(self.query_ids, query_ids, "query")
+        if self.harmful is not None:
+            kept = Ranked([self.harmful.ids[i] for i in rows], self.harmful.values[rows])
+            return replace(
+                self, values=self.values[rows], ids=[self.ids[i] for i in rows],
+                query_ids=list(query_ids), harmful=kept,
+            )  # fmt: skip
+        columns = _places(self.ids, train_ids, "train")
+        split = self.per_block and {n: v[rows][:, columns] for n, v in self.per_block.items()}
+        return replace(
+            self, values=self.values[rows][:, columns], ids=list(train_ids),
+            query_ids=list(query_ids), per_block=split,
+        )  # fmt: skip
+
     def to_parquet(self, path: str | os.PathLike[str]) -> None:
         """Write (query_id, train_id, influence[, one column per block]) as Parquet, atomically.
 
@@ -98,10 +120,12 @@ class InfluenceScores:
     def to_html(self, path: str | os.PathLike[str], **context: Any) -> None:
         """Write the self-contained HTML report; `context` adds keys of the report document."""
         # the report is a room above this one, so it is fetched only when a person asks for it
-        from ..report import document, render_html
+        from ..document import method_entry, run_document
+        from ..report import render_html
 
+        page = render_html(run_document([method_entry(self)], **context))
         with atomic(Path(path)) as temporary:
-            temporary.write_text(render_html(document([self], **context)), encoding="utf-8")
+            temporary.write_text(page, encoding="utf-8")
 
     def _rank(self, k: int, largest: bool) -> Ranked:
         k = min(k, self.values.shape[1])
@@ -112,6 +136,14 @@ class InfluenceScores:
     def _check_kept(self, k: int) -> None:
         if k > self.values.shape[1]:
             raise ValueError(f"only the top {self.values.shape[1]} were kept, asked for {k}")
+
+
+def _places(held: Sequence[Id], wanted: Sequence[Id], role: str) -> list[int]:
+    place = {identity: i for i, identity in enumerate(held)}
+    missing = [identity for identity in wanted if identity not in place]
+    if missing:
+        raise ValueError(f"no {role} row is called {missing[0]!r} ({len(missing)} ids missing)")
+    return [place[identity] for identity in wanted]
 
 
 def _stable_order(values: Tensor, largest: bool) -> Tensor:

@@ -90,7 +90,8 @@ def _normalised(module: nn.Module, x: Tensor) -> tuple[Tensor, int]:
         return F.group_norm(x, module.num_groups, None, None, module.eps), 1
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         shape = [1, -1] + [1] * (x.ndim - 2)
-        assert module.running_mean is not None and module.running_var is not None
+        assert module.running_mean is not None
+        assert module.running_var is not None
         scale = (module.running_var + module.eps).rsqrt()
         return (x - module.running_mean.view(shape)) * scale.view(shape), 1
     eps = getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)

@@ -66,7 +66,7 @@ class CausalLM:
                 f"row {int(empty[0])} of the batch has no {self.tokens} token to score"
             )
         rows, columns = torch.nonzero(counted, as_tuple=True)
-        head = getattr(model, "get_output_embeddings", lambda: None)()
+        head: Any = getattr(model, "get_output_embeddings", lambda: None)()
         trim = head is not None and not any(m in set(protected) for m in head.modules())
         inputs = forward_inputs(model, batch)
         mask = batch.get("attention_mask")
@@ -146,7 +146,7 @@ NAMED: dict[str, Callable[[], Loss]] = {
 
 def make_loss(loss: str | Loss) -> Loss:
     """A loss by name, or the callable itself."""
-    if callable(loss):
+    if not isinstance(loss, str):
         return loss
     if loss not in NAMED:
         raise ValueError(f"unknown loss {loss!r}; known: {', '.join(NAMED)}, or a callable")
@@ -171,7 +171,7 @@ _TEXT_KEYS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 
 
 def _accepted(model: nn.Module) -> set[str]:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = getattr(model, "get_base_model", lambda: model)()
     return set(inspect.signature(base.forward).parameters)
 
 

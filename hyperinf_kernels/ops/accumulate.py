@@ -56,7 +56,7 @@ def gfim_accumulate_(
             f"grads must be (..., B, r, d) and C the matching square for side={side!r}",
             C=C, grads=grads_or_delta,
         )  # fmt: skip
-        return call("gfim_accumulate_", (C, grads_or_delta), side, alpha)
+        return call("gfim_accumulate_", (C, grads_or_delta), side=side, alpha=alpha)
     checks.floating(C=C, act=act)
     size = act.shape[-1] if side == "cols" else grads_or_delta.shape[-1]
     checks.agree(
@@ -67,7 +67,7 @@ def gfim_accumulate_(
         f"delta (..., B, T, r) and act (..., B, T, d) must fit C for side={side!r}",
         C=C, delta=grads_or_delta, act=act,
     )  # fmt: skip
-    return call("gfim_accumulate_factored_", (C, grads_or_delta, act), side, alpha)
+    return call("gfim_accumulate_", (C, grads_or_delta, act), side=side, alpha=alpha)
 
 
 def gram_accumulate_(K: Tensor, G1: Tensor, G2: Tensor | None = None) -> Tensor:

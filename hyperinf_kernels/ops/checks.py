@@ -51,6 +51,12 @@ def accumulator(name: str, tensor: Tensor) -> None:
     """`tensor` can be accumulated into without losing small terms."""
     if tensor.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{name} accumulates and must be fp32 or fp64, got {show(tensor)}")
+    axes = zip(tensor.shape, tensor.stride(), strict=True)
+    if any(size > 1 and step == 0 for size, step in axes):
+        raise ValueError(
+            f"{name} {tuple(tensor.shape)} is expanded, so its entries share memory and cannot be "
+            "accumulated into; clone it first"
+        )
 
 
 def finite_matrices(name: str, matrices: Tensor) -> None:

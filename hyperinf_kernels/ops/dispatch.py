@@ -68,6 +68,8 @@ class Kernel(NamedTuple):
 
 
 KERNELS: dict[str, dict[str, Kernel]] = {}
+# public ops that run on the kernel of another name
+SHARED = {"schulz_inverse": "schulz", "schulz_solve": "schulz"}
 
 
 def implements(
@@ -161,6 +163,7 @@ def _log_once(op: str, plan_text: str) -> None:
 
 
 _traces: list[list[Plan]] = []
+_used: dict[str, set[str]] = {}
 
 
 def call(op: str, tensors: tuple[Tensor, ...], *args: Any, **kwargs: Any) -> Any:
@@ -168,6 +171,7 @@ def call(op: str, tensors: tuple[Tensor, ...], *args: Any, **kwargs: Any) -> Any
     plan = _plan(op, tensors)
     for trace in _traces:
         trace.append(plan)
+    _used.setdefault(op, set()).add(plan.backend)
     _log_once(op, f"{plan.backend} ({plan.kernel}; {plan.reason})")
     return KERNELS[op][plan.backend].run(*tensors, *args, **kwargs)
 
@@ -178,7 +182,12 @@ def explain(op: str, *tensors: Tensor) -> Plan:
     Raises:
         BackendError: unknown op, unknown `HYPERINF_BACKEND`, or strict mode and a fallback.
     """
-    return _plan(op, tensors)
+    return _plan(SHARED.get(op, op), tensors)
+
+
+def backends_used() -> dict[str, str]:
+    """{op: backends} of every op this process has called so far."""
+    return {op: ", ".join(sorted(backends)) for op, backends in sorted(_used.items())}
 
 
 @contextmanager

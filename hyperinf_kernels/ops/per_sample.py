@@ -134,7 +134,7 @@ def _check_pair(
     checks.at_least(2, "(..., T, features)", **named)
     checks.agree(
         delta.shape[:-1] == act.shape[:-1],
-        f"{delta_name} (..., T, O) and {act_name} (..., T, I) must share all but the last dimension",
+        f"{delta_name} (..., T, O) and {act_name} (..., T, I) must differ in the last size only",
         **named,
     )
 

@@ -7,6 +7,7 @@ those of the op's docstring, written as one contraction each.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -39,7 +40,7 @@ def per_sample_grad(delta: Tensor, act: Tensor) -> Tensor:
 @implements("per_sample_norm_sq")
 def per_sample_norm_sq(delta: Tensor, act: Tensor, ghost: bool) -> Tensor:
     lead, (tokens, rows), cols = delta.shape[:-2], delta.shape[-2:], act.shape[-1]
-    delta, act = delta.reshape(-1, tokens, rows), act.reshape(-1, tokens, cols)
+    delta, act = _samples(delta, torch.Size(), 2), _samples(act, torch.Size(), 2)
     out = torch.empty(len(delta), dtype=accumulation_dtype(delta, act), device=delta.device)
     for part in _slices(len(delta), tokens * tokens if ghost else rows * cols):
         d, a = _widen(delta[part], act[part])
@@ -54,7 +55,7 @@ def per_sample_norm_sq(delta: Tensor, act: Tensor, ghost: bool) -> Tensor:
 @implements("per_sample_dot")
 def per_sample_dot(delta: Tensor, act: Tensor, V: Tensor, ghost: bool) -> Tensor:
     lead, (tokens, rows), cols = delta.shape[:-2], delta.shape[-2:], act.shape[-1]
-    delta, act = delta.reshape(-1, tokens, rows), act.reshape(-1, tokens, cols)
+    delta, act = _samples(delta, torch.Size(), 2), _samples(act, torch.Size(), 2)
     dtype = accumulation_dtype(delta, act, V)
     V = V.to(dtype)
     out = torch.empty(len(delta), len(V), dtype=dtype, device=delta.device)
@@ -91,31 +92,34 @@ def pairwise_dot(delta1: Tensor, act1: Tensor, delta2: Tensor, act2: Tensor, gho
 
 
 @implements("gfim_accumulate_")
-def gfim_accumulate_(C: Tensor, grads: Tensor, side: str, alpha: float) -> Tensor:
+def gfim_accumulate_(
+    C: Tensor, grads: Tensor, act: Tensor | None = None, *, side: str, alpha: float
+) -> Tensor:
     lead = C.shape[:-2]
-    stack = grads if side == "cols" else grads.mT
+    if act is not None:
+        dtype = accumulation_dtype(C, grads, act)
+        delta, act = (_samples(t, lead, 2).to(dtype) for t in (grads, act))
+        for part in _slices(delta.shape[-3], delta.shape[-1] * act.shape[-1]):
+            formed = per_sample_grad(delta[..., part, :, :], act[..., part, :, :])
+            gfim_accumulate_(C, formed, side=side, alpha=alpha)
+        return C
+    stack = _samples(grads if side == "cols" else grads.mT, lead, 1)
+    stack = stack.to(accumulation_dtype(C, stack))
     # alpha may leave fp32's range when squared gradients are tiny, so it multiplies the product
-    (stack,) = _widen(stack.reshape(*lead, -1, stack.shape[-1]))
     return C.add_(stack.mT @ stack, alpha=alpha)
 
 
-@implements("gfim_accumulate_factored_")
-def gfim_accumulate_factored_(
-    C: Tensor, delta: Tensor, act: Tensor, side: str, alpha: float
-) -> Tensor:
-    lead = C.shape[:-2]
-    delta = delta.reshape(*lead, -1, *delta.shape[-2:])
-    act = act.reshape(*lead, -1, *act.shape[-2:])
-    for part in _slices(delta.shape[-3], delta.shape[-1] * act.shape[-1]):
-        grads = per_sample_grad(delta[..., part, :, :], act[..., part, :, :])
-        gfim_accumulate_(C, grads, side, alpha)
-    return C
+def _samples(tensor: Tensor, lead: torch.Size, keep: int) -> Tensor:
+    """Join all dimensions between the batch's and the last `keep` ones."""
+    shape = tensor.shape
+    joined = math.prod(shape[len(lead) : len(shape) - keep])
+    return tensor.reshape(*lead, joined, *shape[len(shape) - keep :])
 
 
 @implements("gram_accumulate_")
 def gram_accumulate_(K: Tensor, G1: Tensor, G2: Tensor) -> Tensor:
-    G1, G2 = _widen(G1, G2)
-    return K.add_(G1 @ G2.mT)
+    dtype = accumulation_dtype(K, G1, G2)
+    return K.add_(G1.to(dtype) @ G2.to(dtype).mT)
 
 
 @implements("sherman_morrison")

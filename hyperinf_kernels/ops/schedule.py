@@ -33,7 +33,7 @@ class Step:
 
 @functools.lru_cache(maxsize=256)
 def cheapest_chain(total_degree: int) -> tuple[int, ...]:
-    """The degrees, ascending, of the chain of least products whose degree reaches `total_degree`."""
+    """Degrees, ascending, of the chain of least products whose degree reaches `total_degree`."""
     most = {q: math.ceil(math.log(max(2, total_degree), q)) for q in PRODUCTS}
     best: tuple[int, int, tuple[int, ...]] | None = None
     for counts in itertools.product(*(range(most[q] + 1) for q in PRODUCTS)):

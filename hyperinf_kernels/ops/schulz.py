@@ -89,23 +89,24 @@ def schulz_inverse(
         ValueError: A is not square, symmetric, finite or positive definite; bad bounds or tol.
         TypeError: A is not a floating-point tensor.
     """
-    A = _checked_matrices(A, tol, precision)
+    A = checked_matrices(A, tol, precision, max_products)
     if A.numel() == 0:
-        info = _info(A, "schulz", 0, 0, torch.zeros(A.shape[:-2], dtype=torch.float64), tol, 1.0)
+        info = solve_info(A, "schulz", 0, 0, _zeros(A), tol, 1.0)
         return (A.clone(), info) if return_info else A.clone()
     lower, upper = _bounds(A, bounds)
     eps = torch.finfo(A.dtype).eps
     start, steps = plan_steps(lower, upper, tol if tol is not None else max(eps, 1e-8))
-    steps = _within(steps, max_products - 1)
+    # two products are kept back for the residual, before and after a fallback
+    steps = _within(steps, max_products - 2)
     X, products = call("schulz", (A,), start.to(A.dtype), _in_dtype(steps, A.dtype))
-    R, residual = _inverse_residual(A, X)
+    R, residual = inverse_residual(A, X)
     products += 1
     iterations = len(steps)
     goal = tol if tol is not None else eps
     active = (residual > goal) & (residual < 1)
-    while bool(active.any()) and products + 2 <= max_products:
+    while bool(active.any()) and products + 2 < max_products:
         X_next = torch.where(active[..., None, None], X + X @ R.to(X.dtype), X)
-        R_next, residual_next = _inverse_residual(A, X_next)
+        R_next, residual_next = inverse_residual(A, X_next)
         products, iterations = products + 2, iterations + 1
         better = residual_next < residual
         X = torch.where(better[..., None, None], X_next, X)
@@ -118,19 +119,19 @@ def schulz_inverse(
     reached = residual <= (tol if tol is not None else floor.clamp_max(0.5))
     fallback = None
     if not bool(reached.all()):
-        direct = _cholesky_inverse64(A[~reached]).to(A.dtype)
+        direct = _cholesky_inverse64(A, ~reached).to(A.dtype)
         X = X.masked_scatter((~reached)[..., None, None].expand_as(X), direct)
         fallback = (
             f"{int((~reached).sum())} of {reached.numel()} matrices missed "
             f"{_asked(tol)} after {products} products (residual "
             f"{float(residual[~reached].max()):.2e}); inverted by Cholesky in fp64"
         )
-        _, residual = _inverse_residual(A, X)
+        _, residual = inverse_residual(A, X)
         products += 1
     if not return_info:
         return X
     scale = float((upper * X.abs().sum(-1).amax(-1).double()).max())
-    return X, _info(A, "schulz", products, iterations, residual, tol, scale, fallback)
+    return X, solve_info(A, "schulz", products, iterations, residual, tol, scale, fallback)
 
 
 @overload
@@ -169,7 +170,7 @@ def schulz_solve(
     Raises:
         ValueError, TypeError: as in `schulz_inverse`; also when V does not fit A or is not finite.
     """
-    A = _checked_matrices(A, tol, precision)
+    A = checked_matrices(A, tol, precision, max_products)
     checks.floating(A=A, V=V)
     checks.at_least(2, "(..., m, d)", V=V)
     checks.agree(
@@ -180,7 +181,7 @@ def schulz_solve(
     dtype = checks.accumulation_dtype(A, V)
     A, V = A.to(dtype), V.to(dtype)
     if A.numel() == 0 or V.numel() == 0:
-        info = _info(A, "schulz", 0, 0, torch.zeros(A.shape[:-2], dtype=torch.float64), tol, 1.0)
+        info = solve_info(A, "schulz", 0, 0, _zeros(A), tol, 1.0)
         return (V.clone(), info) if return_info else V.clone()
     lower, upper = _bounds(A, bounds)
     start, steps = plan_steps(lower, upper, COARSE)
@@ -198,12 +199,13 @@ def schulz_solve(
         slow = residual > best / 2
         best = torch.minimum(best, residual)
         floor64 = 2 * EPS64 * (1 + upper * _norm(W) / norm)
-        unfinished = residual > floor64.clamp_min((tol or eps) / 4)
+        unfinished = residual > (tol or eps) / 4
         if not bool(unfinished.any()):
             break
         if bool((slow & unfinished).any()):
             # above their floor thin steps stall only because X is too coarse
-            if products + 2 > max_products:
+            at_floor = bool((residual <= floor64)[slow & unfinished].all())
+            if at_floor or products + 2 > max_products:
                 break
             X64 = 2 * X64 - X64 @ (A64 @ X64)
             products, best = products + 2, torch.full_like(best, float("inf"))
@@ -214,7 +216,7 @@ def schulz_solve(
     reached = residual <= (tol if tol is not None else (8 * eps * (1 + gain)).clamp_max(0.5))
     fallback = None
     if not bool(reached.all()):
-        inverse = _cholesky_inverse64(A[~reached])
+        inverse = _cholesky_inverse64(A, ~reached)
         direct = V64[~reached] @ inverse
         direct = direct + (V64[~reached] - direct @ A64[~reached]) @ inverse
         out = out.masked_scatter((~reached)[..., None, None].expand_as(out), direct.to(dtype))
@@ -228,15 +230,20 @@ def schulz_solve(
         return out
     iterations = len(steps) + refinements
     scale = 1 + float(gain.max())
-    return out, _info(A, "schulz", products, iterations, residual, tol, scale, fallback)
+    return out, solve_info(A, "schulz", products, iterations, residual, tol, scale, fallback)
 
 
-def _checked_matrices(A: Tensor, tol: float | None, precision: str) -> Tensor:
+def checked_matrices(
+    A: Tensor, tol: float | None = None, precision: str = "ieee", max_products: int = 64
+) -> Tensor:
+    """A in its accumulation dtype, once its shape, values and the options are fit to be solved."""
     checks.floating(A=A)
     checks.at_least(2, "(..., d, d)", A=A)
     checks.agree(A.shape[-1] == A.shape[-2], "A must hold square matrices (..., d, d)", A=A)
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if max_products < 2:
+        raise ValueError(f"max_products must be at least 2, got {max_products}")
     A = A.to(checks.accumulation_dtype(A))
     eps = torch.finfo(A.dtype).eps
     if tol is not None and not eps / 2 <= tol < 1:
@@ -246,6 +253,8 @@ def _checked_matrices(A: Tensor, tol: float | None, precision: str) -> Tensor:
         )
     checks.finite_matrices("A", A)
     if A.numel():
+        unfit = (A.diagonal(dim1=-2, dim2=-1) <= 0).any(-1)
+        refuse_indefinite(unfit, "it has a diagonal entry that is not positive")
         size = A.abs().amax((-2, -1))
         skew = (A - A.mT).abs().amax((-2, -1))
         if bool((skew > 1e-3 * size).any()):
@@ -257,18 +266,22 @@ def _bounds(A: Tensor, bounds: Bounds | None) -> tuple[Tensor, Tensor]:
     A64 = A.double()
     if bounds is None:
         return lower_estimate(A64), upper_bound(A64)
-    lower, upper = (
-        torch.as_tensor(b, dtype=torch.float64, device=A.device).expand(A.shape[:-2])
-        for b in bounds
-    )
+    try:
+        lower, upper = (
+            torch.as_tensor(b, dtype=torch.float64, device=A.device).expand(A.shape[:-2])
+            for b in bounds
+        )
+    except RuntimeError:
+        raise ValueError(
+            f"bounds must be numbers or tensors of the batch shape {tuple(A.shape[:-2])}, got "
+            f"{[tuple(torch.as_tensor(b).shape) for b in bounds]}"
+        ) from None
     if not bool(((lower > 0) & (lower <= upper) & torch.isfinite(upper)).all()):
         raise ValueError(f"bounds must satisfy 0 < lower <= upper < inf, got {bounds}")
     return lower, upper
 
 
 def _within(steps: list[Step], max_products: int) -> list[Step]:
-    if max_products < 1:
-        raise ValueError("max_products must be at least 2")
     spent, kept = -FREE_FIRST_STEP, []
     for step in steps:
         spent += PRODUCTS[step.degree]
@@ -285,22 +298,32 @@ def _in_dtype(steps: list[Step], dtype: torch.dtype) -> list[Step]:
     ]
 
 
+def refuse_indefinite(bad: Tensor, why: str) -> None:
+    if bool(bad.any()):
+        index = ", ".join(map(str, torch.nonzero(bad)[0].tolist()))
+        name = f"A[{index}]" if index else "A"
+        raise ValueError(f"{name} is not positive definite: {why}; add damping")
+
+
+def _zeros(A: Tensor) -> Tensor:
+    return torch.zeros(A.shape[:-2], dtype=torch.float64, device=A.device)
+
+
 def _norm(M: Tensor) -> Tensor:
     return M.square().sum((-2, -1)).sqrt()
 
 
-def _inverse_residual(A: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
+def inverse_residual(A: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
     R = torch.eye(A.shape[-1], dtype=torch.float64, device=A.device) - A.double() @ X.double()
     return R, (_norm(R) / A.shape[-1] ** 0.5).nan_to_num(torch.inf)
 
 
-def _cholesky_inverse64(A: Tensor) -> Tensor:
-    factor, info = torch.linalg.cholesky_ex(A.double())
-    if bool((info > 0).any()):
-        bad = torch.nonzero(info > 0)[0].tolist()
-        raise ValueError(
-            f"A is not positive definite (matrix {bad} of those that did not converge)"
-        )
+def _cholesky_inverse64(A: Tensor, chosen: Tensor) -> Tensor:
+    """fp64 inverses of the chosen matrices of the batch."""
+    factor, info = torch.linalg.cholesky_ex(A[chosen].double())
+    failed = torch.zeros_like(chosen)
+    failed[chosen] = info > 0
+    refuse_indefinite(failed, "Cholesky fails in fp64")
     return torch.cholesky_inverse(factor)
 
 
@@ -308,7 +331,7 @@ def _asked(tol: float | None) -> str:
     return f"tol {tol:.1e}" if tol is not None else "the dtype's floor"
 
 
-def _info(
+def solve_info(
     A: Tensor,
     method: str,
     products: int,

@@ -7,9 +7,15 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from . import checks
 from .dispatch import call, explain
-from .schulz import SolveInfo, _checked_matrices, _info, _inverse_residual, schulz_inverse
+from .schulz import (
+    SolveInfo,
+    checked_matrices,
+    inverse_residual,
+    refuse_indefinite,
+    schulz_inverse,
+    solve_info,
+)
 
 Method = Literal["auto", "direct", "schulz"]
 
@@ -46,7 +52,7 @@ def spd_inverse(
         raise ValueError(f"method must be auto, direct or schulz, got {method!r}")
     if method == "schulz":
         return schulz_inverse(A, return_info=True) if return_info else schulz_inverse(A)
-    A = _checked_matrices(A, None, "ieee")
+    A = checked_matrices(A)
     if A.numel() == 0:
         X, failed = A.clone(), torch.zeros(A.shape[:-2], dtype=torch.int32)
     else:
@@ -55,10 +61,9 @@ def spd_inverse(
     if bool((failed > 0).any()):
         bad = failed > 0
         retried, info64 = call("spd_inverse", (A[bad].double(),))
-        if bool((info64 > 0).any()):
-            index = torch.nonzero(bad)[torch.nonzero(info64 > 0)[0, 0]].tolist()
-            name = f"A[{', '.join(map(str, index))}]" if index else "A"
-            raise ValueError(f"{name} is not positive definite; add damping")
+        failed_again = torch.zeros_like(bad)
+        failed_again[bad] = info64 > 0
+        refuse_indefinite(failed_again, "Cholesky fails in fp64")
         X = X.masked_scatter(bad[..., None, None].expand_as(X), retried.to(X.dtype))
         fallback = f"{int(bad.sum())} of {bad.numel()} matrices needed fp64"
     if not return_info:
@@ -66,10 +71,7 @@ def spd_inverse(
     if A.numel() == 0:
         residual, gain = torch.zeros(A.shape[:-2], dtype=torch.float64), 1.0
     else:
-        _, residual = _inverse_residual(A, X)
+        _, residual = inverse_residual(A, X)
         gain = float((A.abs().sum(-1).amax(-1) * X.abs().sum(-1).amax(-1)).max())
-    info = _info(A, "direct", 1, 0, residual, None, gain, fallback)
+    info = solve_info(A, "direct", 1, 0, residual, None, gain, fallback)
     return X, SolveInfo(**{**info.__dict__, "backend": explain("spd_inverse", A).backend})
-
-
-__all__ = ["SolveInfo", "checks", "spd_inverse"]

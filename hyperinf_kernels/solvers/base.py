@@ -89,7 +89,9 @@ class Solver:
         """Resolve every block's damping.
 
         Raises:
-            InputError: no training sample, or a block whose damping is zero or not finite.
+            InputError: no training sample, a block whose gradients and damping are all zero, or
+                a zero damping where the method needs one (HyperINF does not if its GFIM is
+                regular).
         """
         if self.n == 0:
             raise InputError("there are no training gradients: update() was given zero rows")

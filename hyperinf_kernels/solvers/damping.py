@@ -45,7 +45,7 @@ class Damping:
 
 
 def DataInfDamping(c: float = 0.1) -> Damping:  # noqa: N802, a constructor by its public name
-    """c times the block's mean squared gradient entry (DataInf and HyperINF, after Grosse et al.)."""
+    """c times the block's mean squared gradient entry, the rule of DataInf and HyperINF."""
     return Damping(data_inf=c)
 
 

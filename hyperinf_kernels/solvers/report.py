@@ -95,8 +95,11 @@ def summarise(reports: Sequence[BlockReport]) -> dict[str, object]:
             f"in {len(collapsed)} blocks the result is within {COLLAPSE_DEGREES:g} degrees of "
             "plain gradient dot"
         )
+    solves_nothing = all(r.method == "grad_dot" for r in reports)
+    if solves_nothing:
+        parts = ["plain dot products: nothing is solved, so there is nothing to certify"]
     return {
-        "certified": not missed,
+        "certified": None if solves_nothing else not missed,
         "worst_residual": worst,
         "collapsed_blocks": len(collapsed),
         "summary": "; ".join(parts),

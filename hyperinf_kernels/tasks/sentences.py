@@ -62,7 +62,7 @@ class Sentence:
     adverb: str = ""
 
     def build(self, *parts: str) -> str:
-        """The parts that are not empty, and then the adverb, joined by blanks."""
+        """The parts that are not empty, and then the adverb, joined by spaces."""
         return " ".join(part for part in (*parts, self.adverb) if part)
 
     @property
@@ -102,7 +102,7 @@ CLASSES = (
     ),
     Transformation(
         "hyphens",
-        ("Join the words with hyphens", "Put hyphens between words", "Use hyphens for blanks"),
+        ("Join the words with hyphens", "Put hyphens between words", "Use hyphens, not spaces"),
         lambda s: "-".join(s.words),
     ),
     Transformation(
@@ -127,7 +127,7 @@ CLASSES = (
     ),
     Transformation(
         "emphasis",
-        ("Stress who did it", "Put the stress on the doer", "Say that it was this one who did it"),
+        ("Stress who did it", "Put the stress on the doer", "Emphasise who did it"),
         lambda s: s.build("it was", s.subject, "who", s.past, s.object),
     ),
 )

@@ -1,0 +1,1 @@
+"""The parts of the HTML report; `hyperinf_kernels.report.render_html` puts them together."""

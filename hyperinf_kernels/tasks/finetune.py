@@ -1,0 +1,121 @@
+"""LoRA fine-tuning with the huggingface Trainer, and how well the result does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..gradients.losses import IGNORED
+from .models import query_value_modules
+from .rows import Kind
+from .text import Batches, Encoded, pad
+
+
+@dataclass(frozen=True)
+class LoraTraining:
+    """Settings of a fine-tuning run."""
+
+    rank: int = 8
+    alpha: int = 32
+    targets: tuple[str, ...] = ()
+    rslora: bool = False
+    dropout: float = 0.0
+    epochs: float = 5
+    learning_rate: float = 1e-3
+    batch_size: int = 16
+    bf16: bool = False
+
+
+def fine_tune(
+    model: nn.Module,
+    data: Sequence[Encoded],
+    pad_token: int,
+    kind: Kind,
+    settings: LoraTraining,
+    *,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> nn.Module:
+    """Wrap `model` with a LoRA adapter and train it on answers (or labels).
+
+    Args:
+        progress: called as `progress(step, steps)` after every optimiser step.
+
+    Returns:
+        The `PeftModel`, in eval mode.
+    """
+    import peft
+    import transformers
+
+    torch.manual_seed(seed)
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM" if kind == "generation" else "SEQ_CLS",
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        use_rslora=settings.rslora,
+        lora_dropout=settings.dropout,
+        target_modules=list(settings.targets) or query_value_modules(model),
+    )
+    tuned = peft.get_peft_model(model, config)
+
+    class Report(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if progress is not None:
+                progress(state.global_step, state.max_steps)
+
+    def collate(rows: list[Encoded]) -> dict[str, Any]:
+        batch = pad(rows, pad_token)
+        del batch["id"]
+        return batch
+
+    arguments = transformers.TrainingArguments(
+        output_dir="unused",
+        num_train_epochs=settings.epochs,
+        learning_rate=settings.learning_rate,
+        per_device_train_batch_size=settings.batch_size,
+        warmup_steps=0.05,
+        lr_scheduler_type="linear",
+        bf16=settings.bf16,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        use_cpu=next(model.parameters()).device.type == "cpu",
+        seed=seed,
+        data_seed=seed,
+    )
+    trainer = transformers.Trainer(
+        model=tuned,
+        args=arguments,
+        train_dataset=list(data),
+        data_collator=collate,
+        callbacks=[Report()],
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.train()
+    return tuned.eval()
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, batches: Batches) -> float:
+    """Share of rows answered right: the label, or every token of the answer by greedy choice."""
+    model.eval()
+    device = next(model.parameters()).device
+    right = total = 0
+    for batch in batches:
+        inputs = {k: batch[k].to(device) for k in ("input_ids", "attention_mask")}
+        logits, labels = model(**inputs).logits, batch["labels"].to(device)
+        if labels.ndim == 1:
+            hits = logits.argmax(-1) == labels
+        else:
+            # greedy decoding reproduces the answer iff each of its tokens is the likeliest next one
+            target = labels[:, 1:]
+            hits = ((logits[:, :-1].argmax(-1) == target) | (target == IGNORED)).all(1)
+        right, total = right + int(hits.sum()), total + len(hits)
+    return right / total

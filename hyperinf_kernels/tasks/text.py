@@ -1,0 +1,122 @@
+"""Rows of text as padded batches of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..gradients.losses import IGNORED
+from .rows import Row
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One row as tokens; `labels` is a list for generation rows, a class for the others."""
+
+    id: str
+    input_ids: list[int]
+    labels: list[int] | int
+
+
+def encode(
+    rows: Sequence[Row],
+    tokenizer: Any,
+    *,
+    classes: Sequence[int | str] = (),
+    limit: int | None = None,
+    max_length: int | None = None,
+) -> list[Encoded]:
+    """Tokens of every row: prompt, a blank, answer, end of text; or the text alone.
+
+    Args:
+        classes: the labels of classification rows, in order.
+        limit: positions the model has; a longer row is an error.
+        max_length: cut rows to this many tokens at the end instead.
+
+    Raises:
+        InputError: a row that is too long, loses all of its answer to the cut, has a label that is
+            not among the classes, or has no token at all.
+    """
+    class_of = {label: i for i, label in enumerate(classes)}
+    encoded = []
+    for row in rows:
+        if row.answer is None:
+            ids = tokenizer(row.prompt)["input_ids"]
+            if row.label not in class_of:
+                raise InputError(
+                    f"row {row.id}: label {row.label!r} is not among the training labels "
+                    f"{list(classes)[:10]}"
+                )
+            labels: list[int] | int = class_of[row.label]
+        else:
+            prompt = tokenizer(row.prompt)["input_ids"]
+            answer = tokenizer(" " + row.answer, add_special_tokens=False)["input_ids"]
+            answer = [*answer, tokenizer.eos_token_id]
+            ids, labels = [*prompt, *answer], [IGNORED] * len(prompt) + answer
+        if max_length is not None:
+            ids = ids[:max_length]
+            if isinstance(labels, list):
+                labels = labels[:max_length]
+                if all(label == IGNORED for label in labels):
+                    raise InputError(
+                        f"row {row.id}: cut to {max_length} tokens it has no answer left; "
+                        "raise --max-length"
+                    )
+        if limit is not None and len(ids) > limit:
+            raise InputError(
+                f"row {row.id} has {len(ids)} tokens, the model takes {limit}; shorten it or cut "
+                f"rows with --max-length {limit}"
+            )
+        if not ids:
+            raise InputError(f"row {row.id} has no tokens")
+        encoded.append(Encoded(row.id, ids, labels))
+    return encoded
+
+
+def pad(encoded: Sequence[Encoded], pad_token: int) -> dict[str, Any]:
+    """A batch padded on the right to its longest row, with the rows' ids."""
+    width = max(len(row.input_ids) for row in encoded)
+    ids = torch.full((len(encoded), width), pad_token)
+    mask = torch.zeros(len(encoded), width, dtype=torch.long)
+    for i, row in enumerate(encoded):
+        ids[i, : len(row.input_ids)] = torch.tensor(row.input_ids)
+        mask[i, : len(row.input_ids)] = 1
+    labels: Tensor
+    if isinstance(encoded[0].labels, int):
+        labels = torch.tensor([row.labels for row in encoded])
+    else:
+        labels = torch.full((len(encoded), width), IGNORED)
+        for i, row in enumerate(encoded):
+            assert isinstance(row.labels, list)
+            labels[i, : len(row.labels)] = torch.tensor(row.labels)
+    return {
+        "id": [row.id for row in encoded],
+        "input_ids": ids,
+        "attention_mask": mask,
+        "labels": labels,
+    }
+
+
+class Batches:
+    """Padded batches of rows of similar length, longest first, the same in every pass.
+
+    Rows come out of order; their ids travel with them.
+    """
+
+    def __init__(self, dataset: Sequence[Encoded], pad_token: int, batch_size: int) -> None:
+        if batch_size < 1:
+            raise InputError(f"the batch size must be at least 1, got {batch_size}")
+        self.dataset, self.pad_token, self.batch_size = dataset, pad_token, batch_size
+        self._ordered = sorted(dataset, key=lambda row: -len(row.input_ids))
+
+    def __len__(self) -> int:
+        return -(-len(self.dataset) // self.batch_size)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for start in range(0, len(self._ordered), self.batch_size):
+            yield pad(self._ordered[start : start + self.batch_size], self.pad_token)

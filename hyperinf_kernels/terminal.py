@@ -1,0 +1,102 @@
+"""What the command line shows on stderr: progress bars and the closing table."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+NAMES = {
+    "train": "training gradients",
+    "query": "query gradients",
+    "fine-tune": "fine-tuning, steps",
+    "methods": "methods",
+}
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' own bars, advice and deprecation notes out of the way."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        from transformers.utils import logging as hf_logging
+    except ImportError:
+        return  # the job itself says which extra is missing
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+
+
+class Bars:
+    """One bar per stage of a job; a stage that starts again gets a new bar."""
+
+    def __init__(self) -> None:
+        self.progress = Progress(
+            TextColumn("{task.description:>22}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=Console(stderr=True),
+        )
+        self.tasks: dict[str, Any] = {}
+        self.last: dict[str, int] = {}
+
+    def __enter__(self) -> Bars:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.progress.stop()
+
+    def advance(self, stage: str, done: int, total: int | None) -> None:
+        """A `Progress` callback of the package."""
+        if stage not in self.tasks or done <= self.last[stage]:
+            self.tasks[stage] = self.progress.add_task(NAMES.get(stage, stage), total=total)
+        self.last[stage] = done
+        self.progress.update(self.tasks[stage], completed=done, total=total)
+
+
+def closing_table(document: Mapping[str, Any], output: Path) -> None:
+    """Methods with their metrics and certificates, the trivial detectors, and where to look."""
+    groups: dict[str, list[str]] = {}
+    contenders = [*document["methods"], *document.get("baselines", [])]
+    for entry in contenders:
+        for group, values in entry.get("metrics", {}).items():
+            known = groups.setdefault(group, [])
+            known += [m for m in ("auc", "recall") if _cell(values, m) and m not in known]
+    table = Table(title=document["title"], title_justify="left")
+    table.add_column("method")
+    for group, metrics in groups.items():
+        for metric in metrics:
+            table.add_column(f"{group}\n{metric}", justify="right")
+    table.add_column("certificate")
+    for entry in contenders:
+        cells = [
+            _cell(entry.get("metrics", {}).get(group, {}), metric)
+            for group, metrics in groups.items()
+            for metric in metrics
+        ]
+        certificate = entry.get("certificate", {}).get("summary", "needs no influence")
+        table.add_row(entry.get("label") or entry["name"], *cells, certificate)
+    console = Console(stderr=True)
+    console.print(table)
+    skill = document["model"].get("skill")
+    if skill:
+        console.print(f"{skill['unit']}: {skill['base']:.3f} before, {skill['tuned']:.3f} after")
+    spent = ", ".join(f"{name} {value:.1f} s" for name, value in document["seconds"].items())
+    console.print(f"time: {spent}")
+    console.print(f"report: {output / 'report.html'}", soft_wrap=True)
+
+
+def _cell(values: Mapping[str, float], metric: str) -> str:
+    if f"{metric}_mean" in values:
+        return f"{values[f'{metric}_mean']:.3f} ± {values[f'{metric}_sd']:.3f}"
+    return f"{values[metric]:.3f}" if metric in values else ""
