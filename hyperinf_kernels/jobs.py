@@ -187,7 +187,8 @@ def _sample(rows: list[Row], limit: int | None, seed: int) -> list[Row]:
 def _methods(s: Settings, note: str = "") -> list[Method]:
     found = []
     for text in s.methods:
-        for damping in s.dampings:
+        plain = parse_method(text, parse_damping(s.dampings[0]))
+        for damping in s.dampings if plain.solver().needs_damping else s.dampings[:1]:
             notes = [note, f"damping {damping}" if len(s.dampings) > 1 else ""]
             found.append(parse_method(text, parse_damping(damping), ", ".join(filter(None, notes))))
     labels = [method.label for method in found]

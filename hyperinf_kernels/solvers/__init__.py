@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .base import Gradients, Solver, check_finite, check_gradients
+from .base import Gradients, Solver, check_finite
 from .damping import (
     DEFAULT_DAMPING,
     AbsoluteDamping,
@@ -63,7 +63,6 @@ __all__ = [
     "TraceDamping",
     "as_damping",
     "check_finite",
-    "check_gradients",
     "make_solver",
     "summarise",
 ]

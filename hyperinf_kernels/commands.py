@@ -1,0 +1,287 @@
+"""The commands of `hyperinf` as typer definitions; the jobs themselves are in `jobs`."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .errors import InputError
+from .info import as_text, collect
+from .tasks.finetune import LoraTraining
+from .tasks.rows import Fields
+from .terminal import Bars, closing_table, quiet_libraries
+
+
+def option(text: str, *names: str, **more: Any) -> Any:
+    return typer.Option(*names, help=text, **more)
+
+
+Model = Annotated[str, option("Model folder, or smollm2 or minilm.", "--model")]
+Adapter = Annotated[str | None, option("Folder of a peft adapter.", "--adapter")]
+Train = Annotated[str, option("Training rows, JSON Lines.", "--train")]
+Query = Annotated[str, option("Query rows, JSON Lines.", "--query")]
+Method = Annotated[list[str], option(
+    "hyperinf, datainf, lissa, exact or grad_dot, with options as hyperinf:mode=paper. "
+    "Repeat for several.", "--method", "-m")]  # fmt: skip
+Damping = Annotated[list[str], option(
+    "0.1 (times the mean squared gradient), abs:1e-3, trace:0.1, or a sum with +. "
+    "Repeat to compare.", "--damping")]  # fmt: skip
+Tokens = Annotated[list[str], option(
+    "Tokens in the loss: answer, prompt or all. Repeat to compare.", "--tokens")]  # fmt: skip
+Reduction = Annotated[str, option(
+    "Over the tokens of one example: sum or mean.", "--reduction")]  # fmt: skip
+Output = Annotated[Path, option("New folder for the results.", "--output", "-o")]
+Blocks = Annotated[str, option(
+    "lora, or a regular expression of parameter names.", "--blocks")]  # fmt: skip
+Batch = Annotated[int, option("Rows per batch.", "--batch-size")]
+Length = Annotated[int | None, option("Cut rows to this many tokens.", "--max-length")]
+Limit = Annotated[int | None, option("Draw this many training rows.", "--limit")]
+QueryLimit = Annotated[int | None, option("Draw this many queries.", "--query-limit")]
+TopK = Annotated[int | None, option(
+    "Keep only each query's most helpful and most harmful rows.", "--top-k")]  # fmt: skip
+Device = Annotated[str, option("cpu, cuda or cuda:1.", "--device")]
+Seed = Annotated[int, option("Seed of everything random.", "--seed")]
+Json = Annotated[bool, option("Print the result as one JSON document.", "--json")]
+PromptField = Annotated[str, option("Field of the prompt.", "--prompt-field")]
+AnswerField = Annotated[str, option("Field of the answer.", "--answer-field")]
+TextField = Annotated[str, option("Field of the text.", "--text-field")]
+LabelField = Annotated[str, option("Field of the label.", "--label-field")]
+GroupField = Annotated[str, option("Field of the class.", "--group-field")]
+IdField = Annotated[str, option("Field of the row's name.", "--id-field")]
+Epochs = Annotated[float, option(
+    "Fine-tune a LoRA adapter for so many epochs first (when no --adapter is given).",
+    "--epochs")]  # fmt: skip
+Rank = Annotated[int, option("LoRA rank.", "--lora-rank")]
+Alpha = Annotated[int, option("LoRA alpha.", "--lora-alpha")]
+Target = Annotated[list[str], option(
+    "Modules to tune; default: the query and value projections.", "--lora-target")]  # fmt: skip
+RsLora = Annotated[bool, option("Scale by alpha / sqrt(rank).", "--rslora")]
+Rate = Annotated[float, option("Learning rate.", "--learning-rate")]
+Bf16 = Annotated[
+    bool, option("Fine-tune under bf16 autocast: faster where the processor has it.", "--bf16")
+]
+Flip = Annotated[float, option("Share of training labels to flip first.", "--flip")]
+PerBlock = Annotated[bool, option("Write the split of every score over blocks.", "--per-block")]
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Which training examples made a LoRA-tuned model behave as it does.",
+)
+
+
+def run(job: str, as_json: bool, settings: dict[str, Any], **arguments: Any) -> None:
+    from . import jobs
+
+    quiet_libraries()
+    if settings["device"].startswith("cuda"):
+        _check_cuda(settings["device"])
+    jobs.set_seed(settings["seed"])
+    with Bars() as bars:
+        chosen = jobs.Settings(**settings, progress=bars.advance)
+        document = getattr(jobs, job)(chosen, **arguments)
+    if as_json:
+        json.dump(document, sys.stdout, ensure_ascii=False, allow_nan=False)
+        print()
+    closing_table(document, chosen.output)
+
+
+def tuning(
+    epochs: float, rank: int, alpha: int, target: list[str], rslora: bool, rate: float,
+    bf16: bool, batch: int,
+) -> LoraTraining | None:  # fmt: skip
+    if not epochs:
+        return None
+    return LoraTraining(
+        rank=rank, alpha=alpha, targets=tuple(target), rslora=rslora, epochs=epochs,
+        learning_rate=rate, batch_size=batch, bf16=bf16,
+    )  # fmt: skip
+
+
+@app.command()
+def demo(
+    method: Method = ["hyperinf", "datainf", "exact", "grad_dot"],  # noqa: B006
+    rows: Annotated[int, option("Training rows to generate.", "--rows")] = 300,
+    queries: Annotated[int, option("Queries to generate.", "--queries")] = 50,
+    corrupt: Annotated[float, option("Share of wrong answers.", "--corrupt")] = 0.1,
+    epochs: Epochs = 3,
+    rate: Rate = 2e-3,
+    bf16: Bf16 = False,
+    model: Model = "smollm2",
+    output: Output = Path("demo-output"),
+    batch_size: Batch = 16,
+    device: Device = "cpu",
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Tune a small real language model on generated sentences and explain it, in minutes."""
+    settings = {
+        "model": model, "output": output, "methods": tuple(method), "seed": seed,
+        "batch_size": batch_size, "device": device,
+        "tuning": tuning(epochs, 8, 32, [], False, rate, bf16, batch_size),
+    }  # fmt: skip
+    run("demo", as_json, settings, rows=rows, queries=queries, corrupt=corrupt)
+
+
+@app.command()
+def score(
+    model: Model,
+    train: Train,
+    query: Query,
+    adapter: Adapter = None,
+    method: Method = ["hyperinf"],  # noqa: B006
+    damping: Damping = ["0.1"],  # noqa: B006
+    tokens: Annotated[str, option("Tokens in the loss: answer, prompt or all.")] = "answer",
+    reduction: Reduction = "sum",
+    blocks: Blocks = "lora",
+    output: Output = Path("hyperinf-output"),
+    top_k: TopK = None,
+    per_block: PerBlock = False,
+    batch_size: Batch = 16,
+    max_length: Length = None,
+    limit: Limit = None,
+    query_limit: QueryLimit = None,
+    prompt_field: PromptField = "prompt",
+    answer_field: AnswerField = "answer",
+    text_field: TextField = "text",
+    label_field: LabelField = "label",
+    group_field: GroupField = "variation",
+    id_field: IdField = "id",
+    device: Device = "cpu",
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Influence of every training row on every query, for your own model and data."""
+    run("score", as_json, {
+        "model": model, "train": train, "query": query, "adapter": adapter,
+        "methods": tuple(method), "dampings": tuple(damping), "tokens": (tokens,),
+        "reduction": reduction, "blocks": blocks, "output": output, "top_k": top_k,
+        "per_block": per_block, "batch_size": batch_size, "max_length": max_length,
+        "limit": limit, "query_limit": query_limit, "device": device, "seed": seed,
+        "fields": Fields(prompt_field, answer_field, text_field, label_field, group_field,
+                         id_field),
+    })  # fmt: skip
+
+
+@app.command("self-influence")
+def self_influence(
+    model: Model,
+    train: Train,
+    adapter: Adapter = None,
+    method: Method = ["hyperinf"],  # noqa: B006
+    damping: Damping = ["0.1"],  # noqa: B006
+    tokens: Annotated[str, option("Tokens in the loss: answer, prompt or all.")] = "answer",
+    reduction: Reduction = "sum",
+    blocks: Blocks = "lora",
+    output: Output = Path("hyperinf-output"),
+    batch_size: Batch = 16,
+    max_length: Length = None,
+    limit: Limit = None,
+    device: Device = "cpu",
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Influence of every training row on itself: what the model had to memorise."""
+    run("self_influence", as_json, {
+        "model": model, "train": train, "adapter": adapter, "methods": tuple(method),
+        "dampings": tuple(damping), "tokens": (tokens,), "reduction": reduction,
+        "blocks": blocks, "output": output, "batch_size": batch_size,
+        "max_length": max_length, "limit": limit, "device": device, "seed": seed,
+    })  # fmt: skip
+
+
+@app.command()
+def identify(
+    model: Model,
+    train: Train,
+    query: Query,
+    adapter: Adapter = None,
+    method: Method = ["hyperinf", "datainf", "exact", "grad_dot"],  # noqa: B006
+    damping: Damping = ["0.1"],  # noqa: B006
+    tokens: Tokens = ["answer"],  # noqa: B006
+    reduction: Reduction = "sum",
+    blocks: Blocks = "lora",
+    output: Output = Path("hyperinf-output"),
+    batch_size: Batch = 16,
+    max_length: Length = None,
+    limit: Limit = None,
+    query_limit: QueryLimit = None,
+    prompt_field: PromptField = "prompt",
+    answer_field: AnswerField = "answer",
+    group_field: GroupField = "variation",
+    epochs: Epochs = 0,
+    rank: Rank = 8,
+    alpha: Alpha = 32,
+    target: Target = [],  # noqa: B006
+    rslora: RsLora = False,
+    rate: Rate = 1e-3,
+    bf16: Bf16 = False,
+    device: Device = "cpu",
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Does influence find the training rows of each query's class? AUC and recall."""
+    run("identify", as_json, {
+        "model": model, "train": train, "query": query, "adapter": adapter,
+        "methods": tuple(method), "dampings": tuple(damping), "tokens": tuple(tokens),
+        "reduction": reduction, "blocks": blocks, "output": output, "batch_size": batch_size,
+        "max_length": max_length, "limit": limit, "query_limit": query_limit,
+        "device": device, "seed": seed,
+        "fields": Fields(prompt=prompt_field, answer=answer_field, group=group_field),
+        "tuning": tuning(epochs, rank, alpha, target, rslora, rate, bf16, batch_size),
+    })  # fmt: skip
+
+
+@app.command()
+def mislabeled(
+    model: Model,
+    train: Train,
+    query: Query,
+    adapter: Adapter = None,
+    method: Method = ["hyperinf", "datainf", "exact", "grad_dot"],  # noqa: B006
+    damping: Damping = ["0.1"],  # noqa: B006
+    flip: Flip = 0.0,
+    blocks: Blocks = "lora",
+    output: Output = Path("hyperinf-output"),
+    batch_size: Batch = 32,
+    max_length: Length = None,
+    limit: Limit = None,
+    query_limit: QueryLimit = None,
+    text_field: TextField = "text",
+    label_field: LabelField = "label",
+    epochs: Epochs = 0,
+    rank: Rank = 16,
+    alpha: Alpha = 32,
+    target: Target = [],  # noqa: B006
+    rslora: RsLora = True,
+    rate: Rate = 1e-3,
+    bf16: Bf16 = False,
+    device: Device = "cpu",
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Rank training rows by the harm they do: wrong labels come first."""
+    run("mislabeled", as_json, {
+        "model": model, "train": train, "query": query, "adapter": adapter,
+        "methods": tuple(method), "dampings": tuple(damping), "flip": flip, "blocks": blocks,
+        "output": output, "batch_size": batch_size, "max_length": max_length, "limit": limit,
+        "query_limit": query_limit, "device": device, "seed": seed,
+        "fields": Fields(text=text_field, label=label_field),
+        "tuning": tuning(epochs, rank, alpha, target, rslora, rate, bf16, batch_size),
+    })  # fmt: skip
+
+
+@app.command()
+def info(as_json: Json = False) -> None:
+    """Versions, extras, and which backends each op has here, with the reason for every no."""
+    print(json.dumps(collect(), indent=1) if as_json else as_text())
+
+
+def _check_cuda(device: str) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise InputError(f"--device {device}: torch {torch.__version__} sees no CUDA device")
