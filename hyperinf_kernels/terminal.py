@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -24,6 +25,8 @@ NAMES = {
 def quiet_libraries() -> None:
     """Keep the libraries' own bars, advice and deprecation notes out of the way."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # tqdm reads its environment when it is first imported
+    os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -72,7 +75,7 @@ def closing_table(document: Mapping[str, Any], output: Path) -> None:
         for group, values in entry.get("metrics", {}).items():
             known = groups.setdefault(group, [])
             known += [m for m in ("auc", "recall") if _cell(values, m) and m not in known]
-    table = Table(title=document["title"], title_justify="left")
+    table = Table(title=document["title"], title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("method")
     for group, metrics in groups.items():
         for metric in metrics:
@@ -84,10 +87,13 @@ def closing_table(document: Mapping[str, Any], output: Path) -> None:
             for group, metrics in groups.items()
             for metric in metrics
         ]
-        certificate = entry.get("certificate", {}).get("summary", "needs no influence")
-        table.add_row(entry.get("label") or entry["name"], *cells, certificate)
+        table.add_row(entry.get("label") or entry["name"], *cells, _verdict(entry))
     console = Console(stderr=True)
     console.print(table)
+    for entry in document["methods"]:
+        certificate = entry["certificate"]
+        if certificate["certified"] is False or certificate["collapsed_blocks"]:
+            console.print(f"{entry['label']}: {certificate['summary']}")
     skill = document["model"].get("skill")
     if skill:
         console.print(f"{skill['unit']}: {skill['base']:.3f} before, {skill['tuned']:.3f} after")
@@ -96,7 +102,18 @@ def closing_table(document: Mapping[str, Any], output: Path) -> None:
     console.print(f"report: {output / 'report.html'}", soft_wrap=True)
 
 
+def _verdict(entry: Mapping[str, Any]) -> str:
+    """The certificate in a few words; its full sentence is in the report."""
+    certificate = entry.get("certificate")
+    if certificate is None:
+        return "needs no influence"
+    if certificate["certified"] is None:
+        return "nothing to solve"
+    verdict = "certified" if certificate["certified"] else "NOT CONVERGED"
+    return f"{verdict}, residual {certificate['worst_residual']:.0e}"
+
+
 def _cell(values: Mapping[str, float], metric: str) -> str:
     if f"{metric}_mean" in values:
-        return f"{values[f'{metric}_mean']:.3f} ± {values[f'{metric}_sd']:.3f}"
+        return f"{values[f'{metric}_mean']:.3f}±{values[f'{metric}_sd']:.3f}"
     return f"{values[metric]:.3f}" if metric in values else ""
