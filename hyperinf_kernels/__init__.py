@@ -17,7 +17,7 @@ _HOMES = {
         "schulz_inverse", "schulz_solve", "sherman_morrison", "spd_inverse", "trace_backends",
     ),
     "solvers": (
-        "AbsoluteDamping", "BlockReport", "DataInf", "DataInfDamping", "Exact", "GradDot",
+        "AbsoluteDamping", "CG", "BlockReport", "DataInf", "DataInfDamping", "Exact", "GradDot",
         "HyperINF", "LiSSA", "TraceDamping",
     ),
     "gradients": (

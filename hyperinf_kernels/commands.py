@@ -23,7 +23,7 @@ Adapter = Annotated[str | None, option("Folder of a peft adapter.", "--adapter")
 Train = Annotated[str, option("Training rows, JSON Lines.", "--train")]
 Query = Annotated[str, option("Query rows, JSON Lines.", "--query")]
 Method = Annotated[list[str], option(
-    "hyperinf, datainf, lissa, exact or grad_dot, with options as hyperinf:mode=paper. "
+    "hyperinf, datainf, lissa, cg, exact or grad_dot, with options as hyperinf:mode=paper. "
     "Repeat for several.", "--method", "-m")]  # fmt: skip
 Damping = Annotated[list[str], option(
     "0.1 (times the mean squared gradient), abs:1e-3, trace:0.1, or a sum with +. "

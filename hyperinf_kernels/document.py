@@ -22,6 +22,7 @@ LABELS = {
     "hyperinf": "HyperINF (converged)",
     "datainf": "DataInf",
     "lissa": "LiSSA",
+    "cg": "Conjugate gradients",
     "exact": "Exact (empirical Fisher)",
     "grad_dot": "Gradient dot",
 }

@@ -12,7 +12,7 @@ import hyperinf_kernels as hk
 
 from . import models
 
-METHODS = ("hyperinf", "datainf", "exact", "lissa", "grad_dot")
+METHODS = ("hyperinf", "datainf", "exact", "lissa", "cg", "grad_dot")
 
 
 def batches(rows: int, sizes: tuple[int, ...], seed: int) -> list[dict[str, Tensor]]:

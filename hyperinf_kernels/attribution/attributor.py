@@ -47,7 +47,7 @@ class Attributor:
         loss: "causal_lm", "sequence_classification", "token_classification", or a callable
             `loss(model, batch) -> (B,)`.
         blocks: "lora", a regular expression, or a list of parameter names.
-        method: "hyperinf", "datainf", "lissa", "exact", "grad_dot", or a solver object.
+        method: "hyperinf", "datainf", "lissa", "cg", "exact", "grad_dot", or a solver object.
         damping: a `Damping` or a number; None means `DataInfDamping(0.1)`.
         device: move the model there first. None: where it is.
         dtype: keep cached gradients in this dtype. None: as they come, fp32.

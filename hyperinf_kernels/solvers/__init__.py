@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .base import Gradients, Solver, check_finite
+from .cg import CG
 from .damping import (
     DEFAULT_DAMPING,
     AbsoluteDamping,
@@ -22,7 +23,7 @@ from .report import BlockReport, summarise
 from .rows import GradientRows
 
 METHODS: dict[str, type[Solver]] = {
-    cls.method: cls for cls in (HyperINF, DataInf, LiSSA, Exact, GradDot)
+    cls.method: cls for cls in (HyperINF, DataInf, LiSSA, CG, Exact, GradDot)
 }
 
 
@@ -47,6 +48,7 @@ def make_solver(
 
 
 __all__ = [
+    "CG",
     "METHODS",
     "AbsoluteDamping",
     "BlockReport",

@@ -22,6 +22,7 @@ LABELS = {
     "hyperinf": "HyperINF",
     "datainf": "DataInf",
     "lissa": "LiSSA",
+    "cg": "CG",
     "exact": "Exact",
     "grad_dot": "Gradient dot",
 }
