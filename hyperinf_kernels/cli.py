@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from typing import NoReturn
 
 from .errors import InputError
 
@@ -20,21 +21,22 @@ def main() -> None:
 
             print(json.dumps(collect(), indent=1) if "--json" in sys.argv else as_text())
             return
-        sys.exit(
-            f"error: the command line needs {', '.join(missing)}: "
-            "pip install 'hyperinf_kernels[cli]'"
-        )
+        _fail(f"the command line needs {', '.join(missing)}: pip install 'hyperinf_kernels[cli]'")
     try:
         from .commands import app
 
         app(standalone_mode=True)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _fail(str(error))
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
-        print(f"error: {error.strerror or error}{where}", file=sys.stderr)
-        sys.exit(2)
+        _fail(f"{error.strerror or error}{where}")
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         sys.exit(130)
+
+
+def _fail(message: str) -> NoReturn:
+    """Exit with code 2 and one line, whatever names and ids of the user's are in it."""
+    print("error:", *message.splitlines(), file=sys.stderr)
+    sys.exit(2)

@@ -9,6 +9,7 @@ import typer
 
 from .errors import InputError
 from .info import as_text, collect
+from .ops import BackendError
 from .tasks.finetune import LoraTraining
 from .tasks.rows import Fields
 from .terminal import Bars, closing_table, quiet_libraries
@@ -77,15 +78,20 @@ def run(job: str, as_json: bool, settings: dict[str, Any], **arguments: Any) -> 
     from . import jobs
 
     quiet_libraries()
-    if settings["device"].startswith("cuda"):
-        _check_cuda(settings["device"])
-    jobs.set_seed(settings["seed"])
-    with Bars() as bars:
-        chosen = jobs.Settings(**settings, progress=bars.advance)
-        document = getattr(jobs, job)(chosen, **arguments)
+    _check_device(settings["device"])
+    try:
+        with Bars() as bars:
+            chosen = jobs.Settings(**settings, progress=bars.advance)
+            document = getattr(jobs, job)(chosen, **arguments)
+    except BackendError as error:
+        raise InputError(str(error)) from error
+    except KeyboardInterrupt:
+        # said here, since what typer makes of it depends on its version
+        print("interrupted; nothing was written", file=sys.stderr)
+        raise typer.Exit(130) from None
     if as_json:
-        json.dump(document, sys.stdout, ensure_ascii=False, allow_nan=False)
-        print()
+        # ASCII goes through a pipe of any encoding
+        print(json.dumps(document, allow_nan=False))
     closing_table(document, chosen.output)
 
 
@@ -280,8 +286,15 @@ def info(as_json: Json = False) -> None:
     print(json.dumps(collect(), indent=1) if as_json else as_text())
 
 
-def _check_cuda(device: str) -> None:
+def _check_device(name: str) -> None:
     import torch
 
-    if not torch.cuda.is_available():
-        raise InputError(f"--device {device}: torch {torch.__version__} sees no CUDA device")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {name}: choose cpu, cuda or cuda:NUMBER")
+    found = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= found:
+        raise InputError(f"--device {name}: torch {torch.__version__} sees {found} CUDA devices")

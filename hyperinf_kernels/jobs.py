@@ -27,7 +27,7 @@ from .tasks.methods import Method, parse_damping, parse_method
 from .tasks.mislabeled import baselines, harm_scores, summary, suspects, training_losses
 from .tasks.rows import Fields, Row, flip_labels, read_rows, write_rows
 from .tasks.scoring import Data, score_methods, size_of, with_loss
-from .tasks.text import Batches, encode
+from .tasks.text import Batches, check_labels, encode
 from .tasks.workspace import check_output, output_folder
 
 
@@ -81,9 +81,9 @@ def score(s: Settings) -> dict[str, Any]:
 
 def identify(s: Settings) -> dict[str, Any]:
     """Does influence find the training rows of each query's class?"""
-    train, query = _read(s)
+    train, query, classes = _read(s)
     check_groups(train, query)
-    prepared = _prepare(s, train, query)
+    prepared = _prepare(s, train, query, classes)
     results = _all_methods(s, prepared)
     measured = {label: _identified(scores, train, query) for label, scores in results.items()}
     context = {"queries": query_entries(results, train, query)}
@@ -92,31 +92,37 @@ def identify(s: Settings) -> dict[str, Any]:
 
 def demo(s: Settings, rows: int, queries: int, corrupt: float) -> dict[str, Any]:
     """The whole job on sentences of our own, some with a wrong answer."""
-    check_output(s.output)
+    _check(s)
+    for option, count in (("--rows", rows), ("--queries", queries)):
+        if count < 1:
+            raise InputError(f"{option} must be at least 1, got {count}")
     train, query = sentences.generate(rows, queries, corrupt=corrupt, seed=s.seed)
+    check_groups(train, query)
     prepared = _prepare(s, train, query)
     results = _all_methods(s, prepared)
     measured = {}
+    context: dict[str, Any] = {"queries": query_entries(results, train, query)}
     corrupted = np.array([bool(row.corrupted) for row in train])
+    some = 0 < corrupted.sum() < len(train)
     for label, scores in results.items():
         metrics, curves = _identified(scores, train, query)
-        harm = scores.values.double().mean(0).numpy()
-        metrics["corrupted"], curve = corrupted_rows(harm, corrupted)
-        measured[label] = (metrics, [*curves, curve])
-    context = {
-        "queries": query_entries(results, train, query),
-        "baselines": baselines(train, training_losses(prepared.data)),
-    }
+        if some:
+            harm = scores.values.double().mean(0).numpy()
+            metrics["corrupted"], curve = corrupted_rows(harm, corrupted)
+            curves.append(curve)
+        measured[label] = (metrics, curves)
+    if some:
+        context["baselines"] = baselines(train, training_losses(prepared.data))
     return _finish(s, prepared, "demo", results, measured, context)
 
 
 def mislabeled(s: Settings) -> dict[str, Any]:
     """Rank training rows by the harm they do to the queries on average."""
-    train, query = _read(s)
+    train, query, classes = _read(s)
     if s.flip:
         train = flip_labels(train, s.flip, s.seed)
     known = {bool(row.corrupted) for row in train if row.corrupted is not None}
-    prepared = _prepare(s, train, query)
+    prepared = _prepare(s, train, query, classes)
     methods = _methods(s)
     with _clock(prepared.seconds, "methods"):
         scored = harm_scores(prepared.data, methods, s.progress)
@@ -134,8 +140,8 @@ def mislabeled(s: Settings) -> dict[str, Any]:
 
 def self_influence(s: Settings) -> dict[str, Any]:
     """Influence of every training row on itself: what the model had to memorise."""
-    train, _ = _read(replace(s, query=s.train))
-    prepared = _prepare(s, train, train[:1])
+    train, _, classes = _read(replace(s, query=s.train))
+    prepared = _prepare(s, train, [], classes)
     results, order = {}, prepared.data.train_ids
     for method in _methods(s):
         attributor = Attributor(
@@ -163,23 +169,50 @@ def _identified(
     return {"same class": metrics}, [curve]
 
 
-def _read(s: Settings) -> tuple[list[Row], list[Row]]:
-    """All rows, or `limit` of them drawn by the seed; everything wrong is said here."""
-    check_output(s.output)
+def _check(s: Settings) -> None:
+    """Refuse what can be seen wrong without the data and the model."""
+    for option, value in (
+        ("--batch-size", s.batch_size), ("--max-length", s.max_length), ("--limit", s.limit),
+        ("--query-limit", s.query_limit), ("--top-k", s.top_k),
+    ):  # fmt: skip
+        if value is not None and value < 1:
+            raise InputError(f"{option} must be at least 1, got {value}")
+    if not 0 <= s.seed < 2**32:
+        raise InputError(f"--seed must be at least 0 and below 2^32, got {s.seed}")
+    if s.per_block and s.top_k is not None:
+        raise InputError("--per-block needs every score; leave --top-k out")
+    tuned = s.adapter or s.tuning or (Path(s.model) / "adapter_config.json").exists()
+    if s.blocks == "lora" and not tuned:
+        raise InputError(
+            "there is no LoRA adapter to attribute; give one with --adapter, let identify or "
+            "mislabeled tune one with --epochs, or choose parameters of the model with --blocks"
+        )
     _methods(s)
+    _losses(s, "generation")
+    check_output(s.output)
+
+
+def _read(s: Settings) -> tuple[list[Row], list[Row], list[int | str]]:
+    """All rows, or as many as the limits say, drawn by the seed; and the labels of all."""
+    _check(s)
     train, query = (read_rows(path, fields=s.fields) for path in (s.train, s.query))
     if train[0].kind != query[0].kind:
         raise InputError(
             f"{s.train} holds {train[0].kind} rows, {s.query} holds {query[0].kind} rows"
         )
-    return _sample(train, s.limit, s.seed), _sample(query, s.query_limit, s.seed)
+    # of all rows: a draw that misses a label must not move the others
+    classes = models.label_names([row.label for row in train if row.answer is None])
+    train, query = _sample(train, s.limit, s.seed), _sample(query, s.query_limit, s.seed)
+    try:
+        check_labels(query, classes)
+    except InputError as error:
+        raise InputError(f"{s.query}, {error}") from None
+    return train, query, classes
 
 
 def _sample(rows: list[Row], limit: int | None, seed: int) -> list[Row]:
     if limit is None or limit >= len(rows):
         return rows
-    if limit < 1:
-        raise InputError(f"a limit must be at least 1, got {limit}")
     chosen = sorted(random.Random(seed).sample(range(len(rows)), limit))
     return [rows[i] for i in chosen]
 
@@ -200,20 +233,26 @@ def _methods(s: Settings, note: str = "") -> list[Method]:
 def _losses(s: Settings, kind: str) -> dict[str, Loss]:
     if kind == "classification":
         return {"": SequenceClassification()}
-    return {t: CausalLM(t, s.reduction) for t in s.tokens}  # type: ignore[arg-type]
+    try:
+        return {t: CausalLM(t, s.reduction) for t in s.tokens}  # type: ignore[arg-type]
+    except ValueError as error:
+        raise InputError(f"--{error}") from None
 
 
-def _prepare(s: Settings, train: list[Row], query: list[Row]) -> Prepared:
+def _prepare(
+    s: Settings, train: list[Row], query: list[Row], classes: Sequence[int | str] = ()
+) -> Prepared:
+    set_seed(s.seed)
     seconds: dict[str, float] = {}
     kind = train[0].kind
-    classes = models.label_names([row.label for row in train]) if kind == "classification" else []
     with _clock(seconds, "load model"):
         loaded = models.load(
             s.model, kind=kind, labels=len(classes) or 2, adapter=s.adapter, device=s.device
         )
     encoded = [
         encode(rows, loaded.tokenizer, classes=classes, max_length=s.max_length,
-               limit=models.position_limit(loaded.model))
+               limit=models.position_limit(loaded.model),
+               vocabulary=models.vocabulary_size(loaded.model))
         for rows in (train, query)
     ]  # fmt: skip
     pad = loaded.tokenizer.pad_token_id
@@ -290,8 +329,9 @@ def _finish(
             "skill": p.skill,
         },
         data={
-            "train": {"source": s.train or "generated sentences", "rows": len(p.train)},
-            "query": {"source": s.query or "generated sentences", "rows": len(p.query)},
+            role: {"source": source or "generated sentences", "rows": len(rows)}
+            for role, source, rows in (("train", s.train, p.train), ("query", s.query, p.query))
+            if rows
         },
         seconds=p.seconds,
         **context,
@@ -304,7 +344,8 @@ def _finish(
         write_json(folder / "report.json", document)
         (folder / "report.html").write_text(page, encoding="utf-8")
         if p.skill is not None:
-            p.tuned.save_pretrained(folder / "adapter")
+            # "auto" would ask the network whether the vocabulary has grown
+            p.tuned.save_pretrained(folder / "adapter", save_embedding_layers=False)
             write_rows(p.train, folder / "train.jsonl")
             write_rows(p.query, folder / "query.jsonl")
     return document
@@ -320,7 +361,7 @@ TITLES = {
 
 
 def _slug(label: str) -> str:
-    words = "".join(c if c.isalnum() or c in ".=" else " " for c in label.lower()).split()
+    words = "".join(c if c.isalnum() or c in ".=+-" else " " for c in label.lower()).split()
     return "-".join(words)
 
 

@@ -39,7 +39,10 @@ def quiet_libraries() -> None:
 
 
 class Bars:
-    """One bar per stage of a job; a stage that starts again gets a new bar."""
+    """One bar per stage of a job, from its first news on; a stage that starts again gets a new bar.
+
+    A job that fails takes its bars away with it, so that the error stands alone.
+    """
 
     def __init__(self) -> None:
         self.progress = Progress(
@@ -53,14 +56,17 @@ class Bars:
         self.last: dict[str, int] = {}
 
     def __enter__(self) -> Bars:
-        self.progress.start()
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.progress.stop()
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        # the live display itself: stopping the progress adds an empty line
+        self.progress.live.transient = kind is not None
+        self.progress.live.stop()
 
     def advance(self, stage: str, done: int, total: int | None) -> None:
         """A `Progress` callback of the package."""
+        # starting again does nothing
+        self.progress.start()
         if stage not in self.tasks or done <= self.last[stage]:
             self.tasks[stage] = self.progress.add_task(NAMES.get(stage, stage), total=total)
         self.last[stage] = done
@@ -88,7 +94,8 @@ def closing_table(document: Mapping[str, Any], output: Path) -> None:
             for metric in metrics
         ]
         table.add_row(entry.get("label") or entry["name"], *cells, _verdict(entry))
-    console = Console(stderr=True)
+    # labels, block names and paths may hold brackets
+    console = Console(stderr=True, markup=False)
     console.print(table)
     for entry in document["methods"]:
         certificate = entry["certificate"]

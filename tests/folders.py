@@ -16,34 +16,35 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from torch import nn
 
-WORDS = (
-    "add take double half and of the is it one two three four five six seven eight nine ten more "
-    "good bad fine poor film book song meal was very quite not so ever seen read heard"
-).split()
+NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+SENTENCE = ("add", "take", "double", "of", "the", "and", "film", "book", "song", "meal", "was")
+OPINION = ("good", "bad", "fine", "poor", "not", "very")
+WORDS = (*NUMBERS, *SENTENCE, *OPINION)
 SPECIAL = ("<pad>", "<unk>", "<end>", "[CLS]", "[SEP]")
 POSITIONS = 32
-MODULES = {"CAUSAL_LM": ["q_proj", "v_proj"], "SEQ_CLS": ["query", "value"]}
 
 
-def save_tokenizer(folder: Path, *, pair_marks: bool = False, end: bool = True) -> None:
-    """One token a word; with BERT's marks around the text, or with a token that ends it."""
+def save_tokenizer(folder: Path, *, marks: bool = False, end: bool = True) -> None:
+    """One token a word; with BERT's marks around a text, or with a token that ends it."""
     vocabulary = {word: i for i, word in enumerate((*SPECIAL, *WORDS))}
     inner = tokenizers.Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = Whitespace()
-    names: dict[str, str] = {"pad_token": "<pad>", "unk_token": "<unk>"}
-    if pair_marks:
-        marks = [(mark, vocabulary[mark]) for mark in ("[CLS]", "[SEP]")]
-        inner.post_processor = TemplateProcessing("[CLS] $A [SEP]", special_tokens=marks)
+    names = {"pad_token": "<pad>", "unk_token": "<unk>"}
+    if marks:
+        inner.post_processor = TemplateProcessing(
+            "[CLS] $A [SEP]",
+            special_tokens=[(mark, vocabulary[mark]) for mark in ("[CLS]", "[SEP]")],
+        )
         names |= {"cls_token": "[CLS]", "sep_token": "[SEP]"}
     elif end:
-        names |= {"eos_token": "<end>"}
+        names["eos_token"] = "<end>"
     transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **names).save_pretrained(folder)
 
 
 def save_llama(
     folder: Path, *, layers: int = 2, hidden: int = 16, words: int | None = None, end: bool = True
 ) -> Path:
-    """A causal language model; `words` is the size of its vocabulary."""
+    """A causal language model of `words` tokens, by default those of its tokenizer."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=words or len(SPECIAL) + len(WORDS), hidden_size=hidden,
@@ -65,33 +66,25 @@ def save_bert(folder: Path, *, labels: int = 2) -> Path:
         num_labels=labels, pad_token_id=0,
     )  # fmt: skip
     transformers.BertForSequenceClassification(config).save_pretrained(folder)
-    save_tokenizer(folder, pair_marks=True)
+    save_tokenizer(folder, marks=True)
     return folder
 
 
-def save_adapter(
-    folder: Path, model: Path, task: str = "CAUSAL_LM", *, trained: bool = True, **lora: Any
-) -> Path:
-    """A LoRA adapter for the model in a folder, its B away from zero when `trained`."""
-    tuned = adapted(model, task, trained=trained, **lora)
-    tuned.save_pretrained(folder)
-    return folder
-
-
-def adapted(model: Path, task: str, *, trained: bool = True, **lora: Any) -> Any:
-    auto = {
-        "CAUSAL_LM": transformers.AutoModelForCausalLM,
-        "SEQ_CLS": transformers.AutoModelForSequenceClassification,
-    }[task]
-    options = {"r": 2, "lora_alpha": 4, "target_modules": MODULES[task], **lora}
+def save_adapter(folder: Path, model: Path, *, trained: bool = True) -> Path:
+    """A LoRA adapter of rank 2 for a saved model, its B away from zero when `trained`."""
+    if "Bert" in (model / "config.json").read_text(encoding="utf-8"):
+        base: Any = transformers.AutoModelForSequenceClassification.from_pretrained(model)
+        config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"])
+    else:
+        base = transformers.AutoModelForCausalLM.from_pretrained(model)
+        config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"])
     torch.manual_seed(1)
-    tuned = peft.get_peft_model(
-        auto.from_pretrained(model), peft.LoraConfig(task_type=task, **options)
-    )
+    tuned = peft.get_peft_model(base, config)
     for name, parameter in tuned.named_parameters():
         if "lora_B" in name and trained:
             nn.init.normal_(parameter, std=0.3)
-    return tuned
+    tuned.save_pretrained(folder)
+    return folder
 
 
 def write_lines(path: Path, records: Iterable[object]) -> Path:
@@ -103,15 +96,14 @@ def write_lines(path: Path, records: Iterable[object]) -> Path:
 
 def sums(count: int, name: str, seed: int = 0) -> list[dict[str, str]]:
     """Generation rows of three classes and several lengths, so that batches reorder them."""
-    numbers = WORDS[WORDS.index("one") : WORDS.index("ten") + 1]
-    drawn = torch.randint(len(numbers), (count, 3), generator=torch.Generator().manual_seed(seed))
+    drawn = torch.randint(len(NUMBERS), (count, 3), generator=torch.Generator().manual_seed(seed))
     rows = []
-    for i, (a, b, c) in enumerate(drawn.tolist()):
-        one, two, three = numbers[a], numbers[b], numbers[c]
+    for i, places in enumerate(drawn.tolist()):
+        a, b, c = (NUMBERS[place] for place in places)
         prompt, answer, group = (
-            (f"add {one} and {two}", three, "add"),
-            (f"take {one} of the {two} and {three}", f"{two} {one}", "take"),
-            (f"double {one}", f"{three} {two} {one}", "double"),
+            (f"add {a} and {b}", c, "add"),
+            (f"take {a} of the {b} and {c}", f"{b} {a}", "take"),
+            (f"double {a}", f"{c} {b} {a}", "double"),
         )[i % 3]
         rows.append({"id": f"{name}{i}", "prompt": prompt, "answer": answer, "variation": group})
     return rows
@@ -120,12 +112,11 @@ def sums(count: int, name: str, seed: int = 0) -> list[dict[str, str]]:
 def opinions(
     count: int, seed: int = 0, labels: Sequence[int | str] = (0, 1)
 ) -> list[dict[str, int | str]]:
-    """Classification rows: good words have the last label, bad ones the first."""
+    """Classification rows, taking turns: bad words have the first label, good ones the second."""
     drawn = torch.randint(4, (count, 3), generator=torch.Generator().manual_seed(seed))
     words = (("bad", "poor", "not good", "not fine"), ("good", "fine", "not bad", "not poor"))
     things = ("film", "book", "song", "meal")
     return [
-        {"text": f"the {things[a]} was {'very ' * (b % 3)}{words[i % 2][c]}",
-         "label": labels[0 if i % 2 == 0 else -1]}
+        {"text": f"the {things[a]} was {'very ' * b}{words[i % 2][c]}", "label": labels[i % 2]}
         for i, (a, b, c) in enumerate(drawn.tolist())
-    ]  # fmt: skip
+    ]

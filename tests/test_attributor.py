@@ -1,4 +1,4 @@
-"""Attributor on a LoRA-tuned transformer: same scores as plain tensors, streamed, kept and saved."""
+"""Attributor on a LoRA-tuned transformer: plain-tensor scores, streamed, kept and saved."""
 
 from __future__ import annotations
 

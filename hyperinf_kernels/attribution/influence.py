@@ -29,8 +29,8 @@ def influence(
     Args:
         train_grads: {block: (n, r, d)} per-sample training gradients.
         query_grads: {block: (m, r, d)}, the same blocks and shapes.
-        method: "hyperinf", "datainf", "lissa", "cg", "exact", "grad_dot", or a solver object, which is
-            reset first.
+        method: "hyperinf", "datainf", "lissa", "cg", "exact", "grad_dot", or a solver object,
+            which is reset first.
         damping: a `Damping` or a number; None means `DataInfDamping(0.1)`.
         train_ids, query_ids: names of the rows; None: 0, 1, 2, ...
         top_k: keep only each query's k most helpful and k most harmful examples.

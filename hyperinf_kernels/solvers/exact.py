@@ -26,6 +26,7 @@ class Exact(FlatSolver):
     def reset(self) -> None:
         super().reset()
         self._factors: dict[str, Tensor] = {}
+        self._spread = 0.0  # root mean square eigenvalue of the block factored last
 
     def _fit_block(self, name: str, lam: float) -> None:
         super()._fit_block(name, lam)
@@ -33,19 +34,19 @@ class Exact(FlatSolver):
 
     def _solve(self, name: str, V: Tensor) -> tuple[Tensor, Outcome]:
         flat = V.flatten(1).double()
-        W = self._approximate(name, flat)
+        W = self._approximate(name, flat).to(V.dtype)
         E = self._residual(name, flat, W)
-        residual, refinements = relative(E, flat), 0
-        while residual > EPS_DONE and refinements < MAX_REFINEMENTS:
-            better = W + self._approximate(name, E)
+        refinements = 0
+        # W is judged as delivered: what its rounding leaves behind, scattered evenly over the
+        # directions of A, ends the refinement
+        gain = self._spread * float(W.norm()) / max(float(V.norm()), 1e-300)
+        enough = torch.finfo(W.dtype).eps * (0.5 + 0.5 * gain)
+        while relative(E, flat) > enough and refinements < MAX_REFINEMENTS:
+            better = (W.double() + self._approximate(name, E)).to(V.dtype)
             E_better = self._residual(name, flat, better)
-            if relative(E_better, flat) >= residual / 2:
+            if relative(E_better, flat) >= relative(E, flat) / 2:
                 break
-            W, E, residual = better, E_better, relative(E_better, flat)
-            refinements += 1
-        delivered = W.to(V.dtype)
-        # the correction of rounding W is linear, so the delivered residual needs no third pass
-        E = E + self._rounding(name, W - delivered.double())
+            W, E, refinements = better, E_better, refinements + 1
         residual = relative(E, flat)
         outcome = Outcome(
             precision="fp64",
@@ -53,13 +54,9 @@ class Exact(FlatSolver):
             products=1,
             iterations=refinements,
             residual=residual,
-            converged=residual <= 16 * self._floor(name, V, delivered),
+            converged=residual <= 16 * self._floor(name, V, W),
         )
-        return delivered.view_as(V), outcome
-
-    def _rounding(self, name: str, shift: Tensor) -> Tensor:
-        rows, lam = self.rows[name], self.lambdas[name]
-        return lam * shift + rows.combine(rows.dots(shift)) / rows.n
+        return W.view_as(V), outcome
 
     def _approximate(self, name: str, V: Tensor) -> Tensor:
         rows, lam = self.rows[name], self.lambdas[name]
@@ -75,6 +72,8 @@ class Exact(FlatSolver):
                 A, shift = rows.second_moment() / rows.n, lam
             else:
                 A, shift = rows.gram().double(), rows.n * lam
+            scale = 1 if rows.width <= rows.n else rows.n
+            self._spread = float(A.norm()) / scale / rows.width**0.5
             A.diagonal().add_(shift)
             factor, info = torch.linalg.cholesky_ex(A)
             if int(info) > 0:
@@ -84,6 +83,3 @@ class Exact(FlatSolver):
                 )
             self._factors = {name: factor}
         return self._factors[name]
-
-
-EPS_DONE = 1e-9

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,15 +10,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import InputError
 from ..gradients.losses import IGNORED
-from .models import query_value_modules
+from .models import first_line, need_hf, query_value_modules
 from .rows import Kind
 from .text import Batches, Encoded, pad
 
 
 @dataclass(frozen=True)
 class LoraTraining:
-    """Settings of a fine-tuning run."""
+    """Settings of a fine-tuning run.
+
+    Raises:
+        InputError: a number that cannot be trained with.
+    """
 
     rank: int = 8
     alpha: int = 32
@@ -28,6 +34,14 @@ class LoraTraining:
     learning_rate: float = 1e-3
     batch_size: int = 16
     bf16: bool = False
+
+    def __post_init__(self) -> None:
+        for option, value in (
+            ("--lora-rank", self.rank), ("--lora-alpha", self.alpha),
+            ("--epochs", self.epochs), ("--learning-rate", self.learning_rate),
+        ):  # fmt: skip
+            if not 0 < value < float("inf"):
+                raise InputError(f"{option} must be finite and above 0, got {value}")
 
 
 def fine_tune(
@@ -47,7 +61,11 @@ def fine_tune(
 
     Returns:
         The `PeftModel`, in eval mode.
+
+    Raises:
+        InputError: a package is missing, or the model has no module called as in `targets`.
     """
+    need_hf("transformers", "peft", "accelerate")
     import peft
     import transformers
 
@@ -60,7 +78,6 @@ def fine_tune(
         lora_dropout=settings.dropout,
         target_modules=list(settings.targets) or query_value_modules(model),
     )
-    tuned = peft.get_peft_model(model, config)
 
     class Report(transformers.TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -72,33 +89,39 @@ def fine_tune(
         del batch["id"]
         return batch
 
-    arguments = transformers.TrainingArguments(
-        output_dir="unused",
-        num_train_epochs=settings.epochs,
-        learning_rate=settings.learning_rate,
-        per_device_train_batch_size=settings.batch_size,
-        warmup_steps=0.05,
-        lr_scheduler_type="linear",
-        bf16=settings.bf16,
-        save_strategy="no",
-        logging_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-        use_cpu=next(model.parameters()).device.type == "cpu",
-        seed=seed,
-        data_seed=seed,
-    )
-    trainer = transformers.Trainer(
-        model=tuned,
-        args=arguments,
-        train_dataset=list(data),
-        data_collator=collate,
-        callbacks=[Report()],
-    )
-    trainer.remove_callback(transformers.PrinterCallback)
-    trainer.train()
+    # the Trainer makes its output folder even when it is told to save nothing
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            tuned = peft.get_peft_model(model, config)
+            arguments = transformers.TrainingArguments(
+                output_dir=scratch,
+                num_train_epochs=settings.epochs,
+                learning_rate=settings.learning_rate,
+                per_device_train_batch_size=settings.batch_size,
+                warmup_steps=0.05,
+                lr_scheduler_type="linear",
+                bf16=settings.bf16,
+                save_strategy="no",
+                logging_strategy="no",
+                report_to=[],
+                disable_tqdm=True,
+                remove_unused_columns=False,
+                dataloader_pin_memory=False,
+                use_cpu=next(model.parameters()).device.type == "cpu",
+                seed=seed,
+                data_seed=seed,
+            )
+        except ValueError as error:
+            raise InputError(f"cannot tune this model: {first_line(error)}") from error
+        trainer = transformers.Trainer(
+            model=tuned,
+            args=arguments,
+            train_dataset=list(data),
+            data_collator=collate,
+            callbacks=[Report()],
+        )
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.train()
     return tuned.eval()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,7 +52,11 @@ class Method:
 
 
 def parse_method(text: str, damping: Damping, note: str = "") -> Method:
-    """Read `name` or `name:key=value,key=value`; checks the options by building the solver."""
+    """Read `name` or `name:key=value,key=value`, and check the options.
+
+    Raises:
+        InputError: an unknown method or option, or a value that it does not take.
+    """
     name, _, rest = text.partition(":")
     name = name.strip()
     if name not in METHODS:
@@ -64,6 +69,7 @@ def parse_method(text: str, damping: Damping, note: str = "") -> Method:
         options[key.strip()] = _value(value.strip())
     method = Method(name, damping, options, note)
     try:
+        _check_options(METHODS[name], options)
         method.solver()
     except ValueError as error:
         raise InputError(f"method {text!r}: {error}") from None
@@ -85,11 +91,27 @@ def parse_damping(text: str) -> Damping:
             term = makers[kind](float(number))
         except (KeyError, ValueError):
             raise InputError(
-                f"damping {text!r}: {part.strip()!r} is not a number, abs:NUMBER or trace:NUMBER"
+                f"damping {text!r}: {part.strip()!r} is not NUMBER, abs:NUMBER or trace:NUMBER "
+                "with a finite number of at least 0"
             ) from None
         total = term if total is None else total + term
     assert total is not None
     return total
+
+
+def _check_options(solver: type[Solver], options: dict[str, Any]) -> None:
+    """Refuse what the solver would trip over only in the middle of its work."""
+    for key, value in options.items():
+        if key not in solver.option_names:
+            known = ", ".join(solver.option_names) or "none"
+            raise ValueError(f"unknown option {key!r}; known: {known}")
+        default = inspect.signature(solver).parameters[key].default
+        if isinstance(default, str) or value == default:
+            continue
+        if isinstance(default, int) and type(value) is not int:
+            raise ValueError(f"{key} must be a whole number, got {value!r}")
+        if type(value) not in (int, float):
+            raise ValueError(f"{key} must be a number, got {value!r}")
 
 
 def _value(text: str) -> Any:

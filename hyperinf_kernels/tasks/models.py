@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,9 +36,9 @@ class Loaded(NamedTuple):
     tokenizer: Any
 
 
-def need_hf() -> None:
-    """Raise InputError naming the extra unless transformers and peft are there."""
-    for package in ("transformers", "peft"):
+def need_hf(*packages: str) -> None:
+    """Raise InputError naming the extra unless the packages are there."""
+    for package in packages:
         if importlib.util.find_spec(package) is None:
             raise InputError(f"{package} is not installed: pip install 'hyperinf_kernels[hf]'")
 
@@ -76,9 +78,11 @@ def load(
         adapter: folder of a peft adapter.
 
     Raises:
-        InputError: missing packages or folders, several GGUF files, an adapter that does not fit.
+        InputError: missing packages or folders, several GGUF files, files that cannot be read,
+            weights that the files lack, a tokenizer without the tokens needed, an adapter that does
+            not fit.
     """
-    need_hf()
+    need_hf("transformers", "peft")
     import transformers
 
     folder = model_folder(source)
@@ -92,21 +96,38 @@ def load(
         if importlib.util.find_spec("gguf") is None:
             raise InputError("reading a GGUF model needs gguf: pip install 'hyperinf_kernels[hf]'")
         extra["gguf_file"] = files[0].name
-    if adapter is not None and not (Path(adapter) / "adapter_config.json").exists():
-        raise InputError(f"{adapter} is no adapter folder: it has no adapter_config.json")
+    if adapter is not None:
+        _check_adapter(Path(adapter), kind)
+    maker: Any = transformers.AutoModelForCausalLM
+    own: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
+    # misfits are listed below instead of in a table of the library's
+    own["ignore_mismatched_sizes"] = True
+    if kind == "classification":
+        maker = transformers.AutoModelForSequenceClassification
+        own["num_labels"] = labels
     try:
-        model: Any
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **extra)
-        if kind == "generation":
-            model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **extra)
-        else:
-            model = transformers.AutoModelForSequenceClassification.from_pretrained(
-                folder, dtype=dtype, num_labels=labels, **extra
-            )
-    except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"cannot load the model in {folder}: {_first_line(error)}") from error
+        model, loading = maker.from_pretrained(folder, **extra, **own)
+    # a broken file raises whatever its reader trips over, from KeyError to struct.error
+    except Exception as error:
+        raise InputError(f"cannot load the model in {folder}: {first_line(error)}") from error
+    for name, saved, wanted in sorted(loading["mismatched_keys"]):
+        cause = f"; the training rows have {labels} labels" if kind == "classification" else ""
+        raise InputError(
+            f"the weights in {folder} do not fit: {name} is {list(saved)}, but {list(wanted)} is "
+            f"needed{cause}"
+        )
+    # a classifier's head may be new, to be trained; a language model has no part that may be
+    if kind == "generation" and loading["missing_keys"]:
+        missing = sorted(loading["missing_keys"])
+        raise InputError(
+            f"the model in {folder} is no whole causal language model: its files lack {missing[0]}"
+            f" ({len(missing)} missing in all)"
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if (tokenizer.eos_token if kind == "generation" else tokenizer.pad_token) is None:
+        raise InputError(f"the tokenizer in {folder} has no end-of-text token (eos_token)")
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     if "gguf_file" in extra:
@@ -124,15 +145,44 @@ def _forget_packing(model: Any) -> None:
     vars(model.config).pop("quantization_config", None)
 
 
+def _check_adapter(folder: Path, kind: Kind) -> None:
+    """What can be seen wrong with an adapter before its model is loaded."""
+    # peft looks for missing files on the network
+    for names in (("adapter_config.json",), ("adapter_model.safetensors", "adapter_model.bin")):
+        if not any((folder / name).is_file() for name in names):
+            raise InputError(f"{folder} is no adapter folder: it has no {names[0]}")
+    try:
+        task = json.loads((folder / "adapter_config.json").read_bytes()).get("task_type")
+    except (ValueError, AttributeError):
+        raise InputError(f"{folder / 'adapter_config.json'} is not a JSON object") from None
+    other = {"generation": "SEQ_CLS", "classification": "CAUSAL_LM"}[kind]
+    if task == other:
+        raise InputError(
+            f"the adapter in {folder} was made for {task}, but the rows are for {kind}"
+        )
+
+
 def _with_adapter(model: nn.Module, adapter: str) -> nn.Module:
     import peft
 
     try:
-        return peft.PeftModel.from_pretrained(model, adapter)
-    except (RuntimeError, ValueError, OSError) as error:
+        with warnings.catch_warnings():
+            # said below, and as an error
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")
+            tuned = peft.PeftModel.from_pretrained(model, adapter)
+        keys = tuned.load_adapter(adapter, tuned.active_adapter)
+    # a broken file raises whatever its reader trips over, and one for another model many things
+    except Exception as error:
         raise InputError(
-            f"the adapter in {adapter} does not fit this model: {_first_line(error)}"
+            f"the adapter in {adapter} does not fit this model: {first_line(error)}"
         ) from error
+    extra = [key for key in keys.unexpected_keys if "lora_" in key]
+    for what, names in (("lacks", keys.missing_keys), ("has a layer more,", extra)):
+        if names:
+            raise InputError(
+                f"the adapter in {adapter} does not fit this model: it {what} {names[0]}"
+            )
+    return tuned
 
 
 def query_value_modules(model: nn.Module) -> list[str]:
@@ -150,7 +200,17 @@ def position_limit(model: nn.Module) -> int | None:
     """The longest input the model takes, where its configuration says."""
     config = getattr(model, "config", None)
     limit = getattr(config, "max_position_embeddings", None)
-    return int(limit) if isinstance(limit, int) else None
+    if not isinstance(limit, int):
+        return None
+    # RoBERTa and its kin count positions from behind the padding's own
+    places = [m for n, m in model.named_modules() if n.endswith("position_embeddings")]
+    paddings = [p for p in (getattr(m, "padding_idx", None) for m in places) if p is not None]
+    return limit - (max(paddings) + 1 if paddings else 0)
+
+
+def vocabulary_size(model: Any) -> int | None:
+    """How many tokens the model has an embedding for."""
+    return getattr(model.get_input_embeddings(), "num_embeddings", None)
 
 
 def label_names(labels: Sequence[int | str | None]) -> list[int | str]:
@@ -159,5 +219,9 @@ def label_names(labels: Sequence[int | str | None]) -> list[int | str]:
     return sorted(found, key=lambda label: (isinstance(label, str), label))
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def first_line(error: BaseException) -> str:
+    """The gist of a library's error: its first line, or two where the first only announces."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    gist = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
+    plain = isinstance(error, (OSError, ValueError, RuntimeError, ImportError))
+    return gist if gist and plain else f"{type(error).__name__} {gist}".strip()

@@ -30,6 +30,7 @@ def encode(
     classes: Sequence[int | str] = (),
     limit: int | None = None,
     max_length: int | None = None,
+    vocabulary: int | None = None,
 ) -> list[Encoded]:
     """Tokens of every row: prompt, a blank, answer, end of text; or the text alone.
 
@@ -37,21 +38,19 @@ def encode(
         classes: the labels of classification rows, in order.
         limit: positions the model has; a longer row is an error.
         max_length: cut rows to this many tokens at the end instead.
+        vocabulary: tokens the model knows.
 
     Raises:
         InputError: a row that is too long, loses all of its answer to the cut, has a label that is
-            not among the classes, or has no token at all.
+            not among the classes, has a token that the model does not know, or none at all.
     """
+    check_labels(rows, classes)
     class_of = {label: i for i, label in enumerate(classes)}
     encoded = []
     for row in rows:
         if row.answer is None:
+            assert row.label is not None
             ids = tokenizer(row.prompt)["input_ids"]
-            if row.label not in class_of:
-                raise InputError(
-                    f"row {row.id}: label {row.label!r} is not among the training labels "
-                    f"{list(classes)[:10]}"
-                )
             labels: list[int] | int = class_of[row.label]
         else:
             prompt = tokenizer(row.prompt)["input_ids"]
@@ -74,8 +73,23 @@ def encode(
             )
         if not ids:
             raise InputError(f"row {row.id} has no tokens")
+        if vocabulary is not None and max(ids) >= vocabulary:
+            raise InputError(
+                f"row {row.id} has token number {max(ids)}, the model knows {vocabulary}; its "
+                "folder holds the tokenizer of another model"
+            )
         encoded.append(Encoded(row.id, ids, labels))
     return encoded
+
+
+def check_labels(rows: Sequence[Row], classes: Sequence[int | str]) -> None:
+    """Raise InputError naming the first classification row whose label is not a class."""
+    for row in rows:
+        if row.answer is None and row.label not in classes:
+            raise InputError(
+                f"row {row.id}: label {row.label!r} is not among the training labels "
+                f"{list(classes)[:10]}"
+            )
 
 
 def pad(encoded: Sequence[Encoded], pad_token: int) -> dict[str, Any]:

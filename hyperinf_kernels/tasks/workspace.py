@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -12,25 +13,46 @@ from ..errors import InputError
 
 
 def check_output(folder: Path) -> None:
-    """Raise InputError unless `folder` is absent or empty."""
-    if folder.is_file():
-        raise InputError(f"the output folder {folder} is a file")
+    """Raise InputError unless `folder` is absent or empty, and can be written."""
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise InputError(f"the output folder {folder} is there, but is no folder")
     if folder.is_dir() and any(folder.iterdir()):
         raise InputError(
             f"the output folder {folder} already holds files, perhaps another run; choose a new "
             "one with --output or remove it"
         )
+    ground = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        # permission bits do not tell of a full or read-only disk, and root passes them all
+        tempfile.TemporaryDirectory(dir=ground, prefix=f".{folder.name}.").cleanup()
+    except OSError as error:
+        raise InputError(
+            f"the output folder {folder} cannot be made: {error.strerror} ({ground})"
+        ) from None
 
 
 @contextlib.contextmanager
 def output_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder that becomes `folder` on success and vanishes on any error."""
     check_output(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    # a folder that exists may be a mount point or a link, which no rename replaces: fill it instead
+    ground = folder if folder.is_dir() else folder.parent
+    made = [path for path in (ground, *ground.parents) if not path.exists()]
+    temporary = None
     try:
+        ground.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=ground, prefix=f".{folder.name}."))
         yield temporary
-        temporary.chmod(0o755)
-        temporary.replace(folder)
+        if ground == folder:
+            for item in temporary.iterdir():
+                item.rename(folder / item.name)
+        else:
+            temporary.chmod(0o755)
+            temporary.replace(folder)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        for path in made:
+            # refused where the results are
+            with contextlib.suppress(OSError):
+                path.rmdir()
