@@ -377,3 +377,90 @@ def test_errors_name_the_row_and_the_block() -> None:
 
     with pytest.raises(hk.InputError, match=r"block .*lora_A.*row 1 holds NaN or inf"):
         hk.per_sample_gradients(model, batch, loss=burst)
+
+
+class InPlace(nn.Module):
+    """A first and a second layer whose outputs are changed in place, 3-D and 4-D."""
+
+    def __init__(self, change: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.change = change
+        self.conv = nn.Conv2d(2, 3, 3)
+        self.first, self.second = nn.Linear(6, 5), nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.changed(self.conv(x))
+        h = self.changed(self.first(h.flatten(2)))
+        return self.changed(self.second(h)).pow(2).sum((1, 2))
+
+    def changed(self, h: Tensor) -> Tensor:
+        if self.change == "relu_":
+            return nn.functional.relu_(h)
+        if self.change == "add_":
+            h += 0.5
+            return h
+        if self.change == "through a view":
+            h.view(-1).mul_(2)
+            return h
+        return h.mul_(1.5)
+
+
+@pytest.mark.parametrize("change", ["relu_", "add_", "mul_", "through a view"])
+def test_outputs_changed_in_place_keep_their_gradient(change: str) -> None:
+    model = InPlace(change)
+    batch = {"x": torch.randn(4, 2, 5, 4)}
+
+    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return model(batch["x"])
+
+    got = hk.per_sample_gradients(model, batch, loss=loss, blocks=".")
+    assert_same(got, one_by_one(model, batch, loss, list(got)))
+
+
+def test_an_input_changed_after_its_layer_is_refused() -> None:
+    class Late(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x * 1.0
+            out = self.layer(x)
+            x.zero_()
+            return out.sum(1)
+
+    with pytest.raises(hk.InputError, match=r"layer.weight.*changed in place"):
+        hk.per_sample_gradients(
+            Late(), {"x": torch.randn(2, 3)}, loss=lambda m, b: m(b["x"]), blocks="weight"
+        )
+
+
+def test_it_works_inside_inference_mode_and_leaves_no_grad_on_inputs() -> None:
+    model = InPlace("mul_")
+    x = torch.randn(2, 2, 5, 4, requires_grad=True)
+    want = hk.per_sample_gradients(model, {"x": x}, loss=lambda m, b: m(b["x"]), blocks=".")
+    assert x.grad is None
+    with torch.inference_mode():
+        got = hk.per_sample_gradients(
+            model, {"x": x.detach().clone()}, loss=lambda m, b: m(b["x"]), blocks="."
+        )
+    assert_same(got, want)
+
+
+def test_label_values_are_the_targets_of_answer_tokens() -> None:
+    model, batch = models.llama(), models.text_batch("right")
+    counted = batch["labels"] != -100
+    other = batch | {"labels": torch.where(counted, (batch["labels"] + 7) % 61, -100)}
+    got = hk.CausalLM("answer")(model.eval(), other)
+    reference = model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=other["labels"]
+    ).loss
+    count = (other["labels"][:, 1:] != -100).sum()
+    assert float(got.sum()) == pytest.approx(float(reference * count), rel=1e-5)
+
+
+def test_double_precision_language_model_stays_double() -> None:
+    model, batch = models.llama().double(), models.text_batch("left")
+    got = hk.per_sample_gradients(model, batch)
+    assert_same(got, one_by_one(model, batch, causal_oracle("answer"), list(got)), rtol=1e-10)

@@ -100,7 +100,7 @@ class Attributor:
         keeps_rows = isinstance(self.solver, FlatSolver)
         budget = default_budget() if self.cache_bytes is None else self.cache_bytes
         self._cache = GradientCache(0 if keeps_rows else budget, self.dtype)
-        for ids, grads in self._gradients(train_loader, "train"):
+        for ids, grads in self._gradients(train_loader, "train", verify=True):
             if keeps_rows and self.dtype is not None:
                 grads = {name: grad.to(self.dtype) for name, grad in grads.items()}
             self.solver.update(grads, copy=False)
@@ -281,8 +281,12 @@ class Attributor:
         attributor._cache = GradientCache(0, None)
         return attributor
 
-    def _gradients(self, loader: Iterable[Any], stage: str) -> Iterator[tuple[list[Id], Gradients]]:
-        return gradient_batches(self.model, loader, self.loss, self.blocks, stage, self.progress)
+    def _gradients(
+        self, loader: Iterable[Any], stage: str, verify: bool = False
+    ) -> Iterator[tuple[list[Id], Gradients]]:
+        return gradient_batches(
+            self.model, loader, self.loss, self.blocks, stage, self.progress, verify
+        )
 
     def _training(self, loader: Iterable[Any] | None) -> Iterator[tuple[list[Id], Gradients]]:
         if loader is not None and loader is not self._fitted:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils.data import RandomSampler
 
 from ..errors import InputError
-from ..gradients import Block, Loss, batch_gradients, prepared
+from ..gradients import Block, Loss, batch_gradients, prepared, verify_first_batch
 from ..gradients.blocks import block_parameters
+from ..gradients.capture import move
 from ..solvers import GradientRows
 from .scores import Id
 
@@ -33,10 +34,12 @@ def gradient_batches(
     blocks: Sequence[Block],
     stage: str,
     progress: Progress | None = None,
+    verify: bool = False,
 ) -> Iterator[tuple[list[Id], Gradients]]:
     """(ids, {block: (B, r, d)}) for every batch of the loader.
 
-    A row's id is its entry of the batch's "id" list, else its position in the stream.
+    A row's id is its entry of the batch's "id" list, else its position in the stream. `verify`
+    checks the first batch against autograd.
 
     Raises:
         InputError: the loader yields nothing, or what `batch_gradients` raises.
@@ -50,6 +53,9 @@ def gradient_batches(
             ids = _ids(batch, done, count)
             if done == 0:
                 _warn_if_shuffled(loader, batch)
+                if verify:
+                    device = next(model.parameters()).device
+                    verify_first_batch(model, move(batch, device), loss, blocks, grads)
             done += count
             if progress is not None:
                 progress(stage, done, total)
@@ -113,7 +119,9 @@ def cached_chunks(
 
 
 def default_budget() -> int:
-    """A quarter of the memory that is free now."""
+    """A quarter of the memory that is free now, 2 GiB where the system does not tell."""
+    if "SC_AVPHYS_PAGES" not in os.sysconf_names:
+        return 2**31
     return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") // 4)
 
 
@@ -135,7 +143,8 @@ def _ids(batch: Any, start: int, count: int) -> list[Id]:
     given = batch.get("id") if isinstance(batch, Mapping) else None
     if given is None:
         return list(range(start, start + count))
-    ids = given.tolist() if isinstance(given, Tensor) else list(given)
+    # plain numbers and strings, which JSON and Parquet can hold
+    ids = given.tolist() if hasattr(given, "tolist") else list(given)
     if len(ids) != count:
         raise InputError(f"a batch names {len(ids)} ids for {count} samples")
     return ids

@@ -3,6 +3,7 @@
 from .blocks import Block, find_blocks, parameter_count
 from .capture import batch_gradients, per_sample_gradients, prepared
 from .losses import CausalLM, Loss, SequenceClassification, TokenClassification, make_loss
+from .verify import verify_first_batch
 
 __all__ = [
     "Block",
@@ -16,4 +17,5 @@ __all__ = [
     "parameter_count",
     "per_sample_gradients",
     "prepared",
+    "verify_first_batch",
 ]

@@ -28,6 +28,13 @@ class Block:
     def features(self) -> int:
         return features_of(self.module, self.layer)
 
+    def layout(self, gradient: Tensor) -> Tensor:
+        """A gradient in the parameter's own shape as this block's (r, d)."""
+        if gradient.ndim == 1:
+            return gradient.reshape(1, -1)
+        flat = gradient.flatten(1)
+        return flat.mT if self.transpose != (self.layer.kind == "conv1d") else flat
+
 
 def find_blocks(model: nn.Module, blocks: str | Sequence[str] = "lora") -> list[Block]:
     """The blocks of a model, in the order of its parameters.
@@ -108,6 +115,11 @@ def _lora_parameters(model: nn.Module) -> Iterator[str]:
         is_saved = hasattr(module, "modules_to_save") and hasattr(module, "original_module")
         if not (is_lora or is_saved):
             continue
+        if type(module).__name__ in ("ParamWrapper", "MultiheadAttention"):
+            raise InputError(
+                f"{name}: LoRA on {type(module).__name__} is not supported, because it changes a "
+                "weight without running a layer of its own"
+            )
         adapter = _active_adapter(name, module)
         if is_saved:
             saved = module.modules_to_save

@@ -8,7 +8,7 @@ meanwhile, so no weight gradient is ever computed, and backward stops at the fir
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -63,9 +63,9 @@ def prepared(model: nn.Module) -> Iterator[None]:
         for module in checkpointed:
             # transformers checkpoints only in training mode; the layer's children stay in eval mode
             module.training = not _drops(module)
-        embed = getattr(model, "get_input_embeddings", lambda: None)()
-        if checkpointed and embed is not None:
+        if checkpointed and hasattr(model, "get_input_embeddings"):
             # reentrant checkpointing is differentiated only if an input requires grad
+            embed = model.get_input_embeddings()
             hook = embed.register_forward_hook(lambda m, args, out: out.requires_grad_())
         yield
     finally:
@@ -89,7 +89,7 @@ def batch_gradients(
     """`per_sample_gradients` of a `prepared` model; errors count rows from `first_row`."""
     device = next(model.parameters()).device
     batch = move(batch, device)
-    with Capture(blocks) as capture, torch.enable_grad():
+    with Capture(blocks) as capture, torch.inference_mode(False), torch.enable_grad():
         if isinstance(loss, CausalLM):
             losses = loss(model, batch, protected=capture.modules)
         else:
@@ -126,12 +126,33 @@ def check_losses(losses: Tensor, first_row: int = 0) -> None:
 def move(batch: Any, device: torch.device) -> Any:
     """Every tensor of a dict, list or tuple on `device`."""
     if isinstance(batch, Tensor):
-        return batch.to(device)
+        # detached, so that backward leaves no .grad on a caller's tensor
+        return (batch.clone() if batch.is_inference() else batch.detach()).to(device)
     if isinstance(batch, Mapping):
         return {key: move(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(move(value, device) for value in batch))
     if isinstance(batch, (list, tuple)):
         return type(batch)(move(value, device) for value in batch)
     return batch
+
+
+class Tap(torch.autograd.Function):
+    """Identity that shows its gradient to a function.
+
+    The copy makes it safe against operations that change the layer's output in place, which would
+    leave a hook on the output itself behind on a dead node.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, collect: Callable[[Tensor], None]) -> Tensor:
+        ctx.collect = collect
+        return out.clone()
+
+    @staticmethod
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        ctx.collect(delta.detach())
+        return delta, None
 
 
 class Capture:
@@ -156,17 +177,28 @@ class Capture:
         for handle in self._handles:
             handle.remove()
 
-    def _after_forward(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+    def _after_forward(
+        self, module: nn.Module, args: tuple[Any, ...], out: Tensor
+    ) -> Tensor | None:
         # the first pass of a reentrant checkpoint runs without grad and is repeated with it
         if not torch.is_grad_enabled():
-            return
-        if not out.requires_grad:
-            out.requires_grad_()
+            return None
         x = args[0].detach()
-        out.register_hook(lambda delta: self._collect(module, x, delta))
+        version = x._version
+
+        def collect(delta: Tensor) -> None:
+            if x._version != version:
+                raise InputError(
+                    f"block {self.of[module][0].name}: the input of its layer was changed in place "
+                    "after the layer ran, so its gradient cannot be formed"
+                )
+            self._collect(module, x, delta)
+
+        source = out if out.requires_grad else out.detach().requires_grad_()
+        tapped: Tensor = Tap.apply(source, collect)
+        return tapped
 
     def _collect(self, module: nn.Module, x: Tensor, delta: Tensor) -> None:
-        delta = delta.detach()
         for block in self.of[module]:
             if len(delta) != self.samples or len(x) != self.samples:
                 raise InputError(

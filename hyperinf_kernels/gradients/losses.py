@@ -48,12 +48,14 @@ class CausalLM:
         ids = _need(batch, "input_ids", self)
         attended = batch.get("attention_mask")
         attended = torch.ones_like(ids) if attended is None else attended
-        counted = attended.bool()
+        counted, target = attended.bool(), ids
         if self.tokens != "all":
-            answer = _need(batch, "labels", self) != IGNORED
+            labels = _need(batch, "labels", self)
+            answer = labels != IGNORED
             counted = counted & (answer if self.tokens == "answer" else ~answer)
+            target = torch.where(answer, labels, ids)
         # a token is predicted from the one before it, which must not be padding
-        return ids[:, 1:], counted[:, 1:] & attended[:, :-1].bool()
+        return target[:, 1:], counted[:, 1:] & attended[:, :-1].bool()
 
     def __call__(
         self, model: nn.Module, batch: Mapping[str, Tensor], protected: Collection[nn.Module] = ()
@@ -69,13 +71,6 @@ class CausalLM:
         head: Any = getattr(model, "get_output_embeddings", lambda: None)()
         trim = head is not None and not any(m in set(protected) for m in head.modules())
         inputs = forward_inputs(model, batch)
-        mask = batch.get("attention_mask")
-        if (
-            mask is not None
-            and "position_ids" in _accepted(model)
-            and bool((mask[:, 0] == 0).any())
-        ):
-            inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)
         if trim:
             hook = head.register_forward_pre_hook(
                 lambda module, args: (args[0][rows, columns].unsqueeze(0), *args[1:])
@@ -86,7 +81,7 @@ class CausalLM:
                 hook.remove()
         else:
             logits = model(**inputs).logits[rows, columns]
-        losses = F.cross_entropy(logits.float(), target[rows, columns], reduction="none")
+        losses = F.cross_entropy(widened(logits), target[rows, columns], reduction="none")
         total = losses.new_zeros(len(target)).index_add(0, rows, losses)
         return total / counted.sum(1) if self.reduction == "mean" else total
 
@@ -100,10 +95,13 @@ class SequenceClassification:
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         labels = _need(batch, "labels", self)
         logits = model(**forward_inputs(model, batch)).logits
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = widened(logits)
         if logits.shape[-1] == 1:
-            return (logits.squeeze(-1) - labels.to(logits.dtype)).square()
+            return (logits.squeeze(-1) - labels.reshape(-1).to(logits.dtype)).square()
         if labels.ndim == 2:
+            problem = getattr(getattr(model, "config", None), "problem_type", None)
+            if problem == "regression":
+                return (logits - labels.to(logits.dtype)).square().mean(1)
             targets = labels.to(logits.dtype)
             return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1)
         bad = torch.nonzero((labels < 0) | (labels >= logits.shape[-1])).flatten()
@@ -128,7 +126,7 @@ class TokenClassification:
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         labels = _need(batch, "labels", self)
         logits = model(**forward_inputs(model, batch)).logits
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = widened(logits)
         losses = F.cross_entropy(logits.mT, labels, reduction="none", ignore_index=IGNORED)
         count = (labels != IGNORED).sum(1)
         empty = torch.nonzero(count == 0).flatten()
@@ -154,7 +152,10 @@ def make_loss(loss: str | Loss) -> Loss:
 
 
 def forward_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a batch that the model's forward takes, without labels and ids."""
+    """The part of a batch that the model's forward takes, without labels and ids.
+
+    Rows padded on the left get position ids that start at their first token.
+    """
     accepted = _accepted(model)
     inputs = {
         key: value
@@ -164,7 +165,16 @@ def forward_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]
     }
     if "use_cache" in accepted:
         inputs["use_cache"] = False
+    mask = batch.get("attention_mask")
+    left_padded = mask is not None and mask.ndim == 2 and bool((mask[:, 0] == 0).any())
+    if left_padded and "position_ids" in accepted and "position_ids" not in inputs:
+        inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)
     return inputs
+
+
+def widened(logits: Tensor) -> Tensor:
+    """Logits in at least fp32."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 _TEXT_KEYS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")

@@ -92,7 +92,10 @@ def _collect(
     rows = len(batches.dataset)
     whole = {block.name: torch.empty(rows, *block.shape) for block in blocks}
     ids: list[Any] = []
-    for more, grads in gradient_batches(data.model, batches, data.loss, blocks, stage, progress):
+    stream = gradient_batches(
+        data.model, batches, data.loss, blocks, stage, progress, verify=stage == "train"
+    )
+    for more, grads in stream:
         for name, grad in grads.items():
             whole[name][len(ids) : len(ids) + len(more)] = grad
         ids.extend(more)
