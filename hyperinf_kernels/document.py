@@ -41,9 +41,10 @@ def run_document(methods: Sequence[Mapping[str, Any]], **context: Any) -> dict[s
     return document
 
 
-def environment() -> dict[str, Any]:
+def environment(device: str = "cpu") -> dict[str, Any]:
     """Versions, device, threads and the backend of every op called so far."""
-    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda"):
+        device = f"{device} ({torch.cuda.get_device_name(device)})"
     return {
         "hyperinf_kernels": __version__,
         "torch": torch.__version__,

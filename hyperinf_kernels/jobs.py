@@ -15,7 +15,7 @@ import torch
 
 from .attribution import Attributor, InfluenceScores
 from .attribution.stream import Progress
-from .document import method_entry, query_entries, run_document
+from .document import environment, method_entry, query_entries, run_document
 from .errors import InputError
 from .files import write_json
 from .gradients import CausalLM, Loss, SequenceClassification
@@ -249,6 +249,7 @@ def _prepare(
         loaded = models.load(
             s.model, kind=kind, labels=len(classes) or 2, adapter=s.adapter, device=s.device
         )
+    classes = models.class_order(loaded.model, classes)
     encoded = [
         encode(rows, loaded.tokenizer, classes=classes, max_length=s.max_length,
                limit=models.position_limit(loaded.model),
@@ -320,6 +321,7 @@ def _finish(
         entries,
         command=command,
         title=TITLES[command],
+        environment=environment(s.device),
         seed=s.seed,
         model={
             "name": s.model,

@@ -730,7 +730,7 @@ LATE = [
     (f"score --model {{llama}} --adapter {{untrained}} -m exact -m datainf {GENERATION}",
      ["lora_A", "every training gradient is zero", "untrained"]),
     (f"{SCORE} --limit 3 --damping abs:0", ["block ", "singular", "damping"]),
-    (f"{SCORE} --damping abs:0 -m exact -m hyperinf", ["block ", "needs a positive damping"]),
+    (f"{SCORE} --damping abs:0 -m exact -m hyperinf", ["block ", "needs a positive one"]),
     (f"{SCORE} --blocks [", ["blocks='[' is not a regular expression"]),
     (f"{SCORE} --blocks absent", ["blocks='absent' matches none"]),
     (f"{IDENTIFY} --epochs 1 --lora-target absent", ["cannot tune this model", "absent"]),

@@ -246,3 +246,14 @@ def test_flip_is_fixed_by_its_seed_and_reaches_all_rows_and_labels() -> None:
 def test_flip_refuses_what_it_cannot_do(rows: list[Row], fraction: float, message: str) -> None:
     with pytest.raises(InputError, match=message):
         flip_labels(rows, fraction, seed=0)
+
+
+def test_a_model_that_names_its_labels_decides_their_order() -> None:
+    from types import SimpleNamespace
+
+    from hyperinf_kernels.tasks.models import class_order
+
+    model = SimpleNamespace(config=SimpleNamespace(label2id={"positive": 0, "negative": 1}))
+    assert class_order(model, ["negative", "positive"]) == ["positive", "negative"]
+    assert class_order(model, ["no", "yes"]) == ["no", "yes"]
+    assert class_order(SimpleNamespace(), ["b", "a"]) == ["b", "a"]

@@ -75,6 +75,8 @@ class Attributor:
         progress: Progress | None = None,
         **method_options: Any,
     ) -> None:
+        if dtype not in (None, torch.float32, torch.bfloat16):
+            raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, got {dtype}")
         self.solver = make_solver(method, damping, **method_options)
         self.loss = make_loss(loss)
         self.loss_name = loss if isinstance(loss, str) else None
@@ -223,7 +225,8 @@ class Attributor:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
         try:
-            held = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            # safetensors refuses tensors that share memory
+            held = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
             save_file(held, temporary / "solver.safetensors")
             write_json(temporary / "attributor.json", document)
             temporary.chmod(0o755)
@@ -275,7 +278,12 @@ class Attributor:
                     f"block {name} is {attributor.shapes[name]} in this model, {tuple(shape)} in "
                     f"{source}"
                 )
-        attributor.solver.restore(load_file(source / "solver.safetensors"), document["solver"])
+        device = next(model.parameters()).device
+        tensors = {
+            name: tensor.to(device)
+            for name, tensor in load_file(source / "solver.safetensors").items()
+        }
+        attributor.solver.restore(tensors, document["solver"])
         attributor.solver.fit()
         attributor.train_ids = document["train_ids"]
         attributor._cache = GradientCache(0, None)

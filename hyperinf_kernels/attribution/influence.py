@@ -6,8 +6,10 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from ..errors import InputError
 from ..solvers import Damping, Gradients, Solver, make_solver
 from .scores import DensePanel, Id, InfluenceScores, TopKPanel, block_scores
 
@@ -44,6 +46,8 @@ def influence(
         InputError: shapes, names or values that do not fit; a singular block.
         ValueError: unknown method or option.
     """
+    if per_block and top_k is not None:
+        raise ValueError("per_block needs the dense matrix; leave top_k out")
     solver = make_solver(method, damping, **method_options)
     solver.reset()
     start = time.perf_counter()
@@ -70,11 +74,19 @@ def influence(
 
 
 def sum_blocks(split: Mapping[str, Tensor]) -> Tensor:
-    """The blocks' scores added up in fp32 (fp64 if any block is fp64), in block order."""
+    """The blocks' scores added up in fp32 (fp64 if any block is fp64), in block order.
+
+    Raises:
+        InputError: NaN or inf, naming the first such block.
+    """
     parts = iter(split.values())
     total = next(parts).clone()
     for part in parts:
         total = total + part
+    if not bool(torch.isfinite(total).all()):
+        bad = [name for name, part in split.items() if not bool(torch.isfinite(part).all())]
+        where = f"block {bad[0]}: its scores hold" if bad else "the sum of the blocks' scores holds"
+        raise InputError(f"{where} NaN or inf; rescale the loss")
     return total
 
 

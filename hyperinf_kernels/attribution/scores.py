@@ -33,7 +33,7 @@ class InfluenceScores:
     k most harmful ones are kept beside them for `opponents`.
 
     Attributes:
-        values: fp32.
+        values: fp32, fp64 for fp64 gradients.
         ids: training ids, as above. `query_ids`: the m query ids.
         report: one `BlockReport` per block.
         per_block: {block: (m, n)} if asked for; the blocks sum to `values`.
@@ -140,6 +140,8 @@ class InfluenceScores:
 
 def _places(held: Sequence[Id], wanted: Sequence[Id], role: str) -> list[int]:
     place = {identity: i for i, identity in enumerate(held)}
+    if len(place) < len(held):
+        raise ValueError(f"{role} ids are not unique, so they cannot be put in order")
     missing = [identity for identity in wanted if identity not in place]
     if missing:
         raise ValueError(f"no {role} row is called {missing[0]!r} ({len(missing)} ids missing)")
@@ -157,7 +159,8 @@ def _union(
     """Helpful then harmful entries of each query, none twice."""
     out_ids, out_values = [], []
     for row, value, more_ids, more in zip(ids, values, other.ids, other.values, strict=True):
-        kept = [j for j, t in enumerate(more_ids) if t not in set(row)]
+        known = set(row)
+        kept = [j for j, t in enumerate(more_ids) if t not in known]
         out_ids.append([*row, *(more_ids[j] for j in kept)])
         out_values.append(torch.cat([value, more[kept]]))
     return out_ids, out_values

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +65,7 @@ def prepared(model: nn.Module) -> Iterator[None]:
             module.training = not _drops(module)
         if checkpointed and hasattr(model, "get_input_embeddings"):
             # reentrant checkpointing is differentiated only if an input requires grad
-            embed = model.get_input_embeddings()
+            embed: Any = cast(Any, model).get_input_embeddings()
             hook = embed.register_forward_hook(lambda m, args, out: out.requires_grad_())
         yield
     finally:

@@ -165,7 +165,7 @@ def forward_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]
     }
     if "use_cache" in accepted:
         inputs["use_cache"] = False
-    mask = batch.get("attention_mask")
+    mask: Any = batch.get("attention_mask")
     left_padded = mask is not None and mask.ndim == 2 and bool((mask[:, 0] == 0).any())
     if left_padded and "position_ids" in accepted and "position_ids" not in inputs:
         inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)

@@ -104,9 +104,11 @@ def gfim_accumulate_(
             gfim_accumulate_(C, formed, side=side, alpha=alpha)
         return C
     stack = _samples(grads if side == "cols" else grads.mT, lead, 1)
-    stack = stack.to(accumulation_dtype(C, stack))
-    # alpha may leave fp32's range when squared gradients are tiny, so it multiplies the product
-    return C.add_(stack.mT @ stack, alpha=alpha)
+    for part in _slices(stack.shape[-2], stack.shape[-1]):
+        rows = stack[..., part, :].to(accumulation_dtype(C, stack))
+        # alpha may leave fp32's range when squared gradients are tiny, so it multiplies the product
+        C.add_(rows.mT @ rows, alpha=alpha)
+    return C
 
 
 def _samples(tensor: Tensor, lead: torch.Size, keep: int) -> Tensor:

@@ -14,7 +14,6 @@ import itertools
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 PRODUCTS = {2: 2, 3: 3, 5: 4, 9: 5}
@@ -69,12 +68,6 @@ def plan_steps(lower: Tensor, upper: Tensor, target: float) -> tuple[Tensor, lis
         coefficients, e = _STEPS[degree](e)
         steps.append(Step(degree, coefficients, e))
     return 2 / (lower + upper), steps
-
-
-def plain_step(like: Tensor) -> Step:
-    """The unscaled Schulz step X (2I - A X), which converges from any residual below 1."""
-    one = torch.ones_like(like)
-    return Step(2, {"b0": one, "b1": one}, one)
 
 
 def _degree2(e: Tensor) -> tuple[dict[str, Tensor], Tensor]:

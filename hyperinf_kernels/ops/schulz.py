@@ -91,7 +91,7 @@ def schulz_inverse(
     """
     A = checked_matrices(A, tol, precision, max_products)
     if A.numel() == 0:
-        info = solve_info(A, "schulz", 0, 0, _zeros(A), tol, 1.0)
+        info = solve_info(A, "schulz", 0, 0, _zeros(A), tol, _zeros(A))
         return (A.clone(), info) if return_info else A.clone()
     lower, upper = _bounds(A, bounds)
     eps = torch.finfo(A.dtype).eps
@@ -115,8 +115,7 @@ def schulz_inverse(
         improving = residual_next < torch.where(residual > COARSE, residual, residual / 2)
         residual = torch.where(better, residual_next, residual)
         active &= improving & (residual > goal)
-    floor = 8 * eps * upper * X.abs().sum(-1).amax(-1).double()
-    reached = residual <= (tol if tol is not None else floor.clamp_max(0.5))
+    reached = residual <= (tol if tol is not None else inverse_floor(A, X))
     fallback = None
     if not bool(reached.all()):
         direct = _cholesky_inverse64(A, ~reached).to(A.dtype)
@@ -128,10 +127,11 @@ def schulz_inverse(
         )
         _, residual = inverse_residual(A, X)
         products += 1
+    refuse_overflow(X)
     if not return_info:
         return X
-    scale = float((upper * X.abs().sum(-1).amax(-1).double()).max())
-    return X, solve_info(A, "schulz", products, iterations, residual, tol, scale, fallback)
+    limit = inverse_floor(A, X)
+    return X, solve_info(A, "schulz", products, iterations, residual, tol, limit, fallback)
 
 
 @overload
@@ -181,7 +181,7 @@ def schulz_solve(
     dtype = checks.accumulation_dtype(A, V)
     A, V = A.to(dtype), V.to(dtype)
     if A.numel() == 0 or V.numel() == 0:
-        info = solve_info(A, "schulz", 0, 0, _zeros(A), tol, 1.0)
+        info = solve_info(A, "schulz", 0, 0, _zeros(A), tol, _zeros(A))
         return (V.clone(), info) if return_info else V.clone()
     lower, upper = _bounds(A, bounds)
     start, steps = plan_steps(lower, upper, COARSE)
@@ -212,8 +212,9 @@ def schulz_solve(
         W, refinements = W + E @ X64, refinements + 1
     out = W.to(dtype)
     residual = _norm(V64 - out.double() @ A64) / norm
-    gain = upper * _norm(W) / norm
-    reached = residual <= (tol if tol is not None else (8 * eps * (1 + gain)).clamp_max(0.5))
+    top = A64.abs().sum(-1).amax(-1)
+    floor = (8 * eps * (1 + top * _norm(W) / norm)).clamp_max(COARSE)
+    reached = residual <= (tol if tol is not None else floor)
     fallback = None
     if not bool(reached.all()):
         inverse = _cholesky_inverse64(A, ~reached)
@@ -229,8 +230,7 @@ def schulz_solve(
     if not return_info:
         return out
     iterations = len(steps) + refinements
-    scale = 1 + float(gain.max())
-    return out, solve_info(A, "schulz", products, iterations, residual, tol, scale, fallback)
+    return out, solve_info(A, "schulz", products, iterations, residual, tol, floor, fallback)
 
 
 def checked_matrices(
@@ -305,6 +305,20 @@ def refuse_indefinite(bad: Tensor, why: str) -> None:
         raise ValueError(f"{name} is not positive definite: {why}; add damping")
 
 
+def inverse_floor(A: Tensor, X: Tensor) -> Tensor:
+    """The residual that rounding leaves in an inverse of this condition number, per matrix."""
+    condition = A.abs().sum(-1).amax(-1).double() * X.abs().sum(-1).amax(-1).double()
+    return (8 * torch.finfo(A.dtype).eps * condition).clamp_max(COARSE)
+
+
+def refuse_overflow(X: Tensor) -> None:
+    """Raise ValueError naming the first inverse that left the range of its dtype."""
+    bad = ~torch.isfinite(X).flatten(-2).all(-1)
+    if bool(bad.any()):
+        index = ", ".join(map(str, torch.nonzero(bad)[0].tolist()))
+        raise ValueError(f"the inverse of A[{index}] overflows {X.dtype}; rescale A")
+
+
 def _zeros(A: Tensor) -> Tensor:
     return torch.zeros(A.shape[:-2], dtype=torch.float64, device=A.device)
 
@@ -338,11 +352,11 @@ def solve_info(
     iterations: int,
     residual: Tensor,
     tol: float | None,
-    gain: float,
+    floor: Tensor,
     fallback: str | None = None,
 ) -> SolveInfo:
-    floor = 16 * torch.finfo(A.dtype).eps * gain
-    limit = tol if tol is not None else min(0.5, floor)
+    """The info of a finished solve; `floor` is per matrix and counts where `tol` is None."""
+    limit = tol if tol is not None else floor
     if tol is not None and bool((residual > tol).any()):
         note = f"{A.dtype} attains about {float(residual.max()):.1e} here"
         fallback = f"{fallback}; {note}" if fallback else note

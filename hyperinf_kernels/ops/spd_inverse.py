@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal, overload
 
 import torch
@@ -11,8 +12,10 @@ from .dispatch import call, explain
 from .schulz import (
     SolveInfo,
     checked_matrices,
+    inverse_floor,
     inverse_residual,
     refuse_indefinite,
+    refuse_overflow,
     schulz_inverse,
     solve_info,
 )
@@ -66,12 +69,14 @@ def spd_inverse(
         refuse_indefinite(failed_again, "Cholesky fails in fp64")
         X = X.masked_scatter(bad[..., None, None].expand_as(X), retried.to(X.dtype))
         fallback = f"{int(bad.sum())} of {bad.numel()} matrices needed fp64"
+    if A.numel():
+        refuse_overflow(X)
     if not return_info:
         return X
     if A.numel() == 0:
-        residual, gain = torch.zeros(A.shape[:-2], dtype=torch.float64), 1.0
+        residual = floor = torch.zeros(A.shape[:-2], dtype=torch.float64, device=A.device)
     else:
         _, residual = inverse_residual(A, X)
-        gain = float((A.abs().sum(-1).amax(-1) * X.abs().sum(-1).amax(-1)).max())
-    info = solve_info(A, "direct", 1, 0, residual, None, gain, fallback)
-    return X, SolveInfo(**{**info.__dict__, "backend": explain("spd_inverse", A).backend})
+        floor = inverse_floor(A, X)
+    info = solve_info(A, "direct", 1, 0, residual, None, floor, fallback)
+    return X, replace(info, backend=explain("spd_inverse", A).backend)

@@ -100,14 +100,14 @@ class Solver:
             raise InputError("there are no training gradients: update() was given zero rows")
         for name, state in self.blocks.items():
             lam = self.damping.value(state.mean_square, self._mean_eigenvalue(state))
-            if state.sum_square == 0 and self.damping.absolute == 0 and self.needs_damping:
+            self.lambdas[name] = lam
+            self._fit_block(name, lam)
+            if state.sum_square == 0 and self.lambdas[name] == 0 and self.needs_damping:
                 raise InputError(
                     f"block {name}: every training gradient is zero, so its curvature is singular "
                     f"and its damping ({self.damping}) is zero. An untrained LoRA adapter (B = 0) "
-                    "does this; train it, leave the block out, or add AbsoluteDamping"
+                    "does this; train it, leave the block out, or add an absolute damping"
                 )
-            self.lambdas[name] = lam
-            self._fit_block(name, lam)
         self._reports = {}
         return self
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .damping import DEFAULT_DAMPING, Damping
 from .flat import FlatSolver, relative
-from .report import Outcome
+from .report import RESIDUAL_LIMIT, Outcome
 
 
 @dataclass
@@ -61,7 +61,8 @@ class CG(FlatSolver):
         W = X[:, :1] * flat + rows.combine(X[:, 1:]) if gram else X
         delivered = W.to(V.dtype)
         residual = relative(self._residual(name, flat, delivered), flat)
-        limit = max(self.tol, 16 * self._floor(name, V, delivered))
+        # a tighter tolerance than the rounding of W can hold is met by the iterates, not by W
+        limit = max(self.tol, RESIDUAL_LIMIT)
         note = None
         if not residual <= limit:
             note = f"residual {residual:.1e} after {steps} steps, asked {self.tol:.1e}"

@@ -7,9 +7,11 @@ from torch import Tensor
 
 from ..errors import InputError
 from .flat import FlatSolver, relative
-from .report import Outcome
+from .report import RESIDUAL_LIMIT, Outcome
 
 MAX_REFINEMENTS = 5
+EPS32 = torch.finfo(torch.float32).eps
+FINE_GRAM = 0.1  # fp32 rounding over damping at which refinement would no longer contract
 
 
 class Exact(FlatSolver):
@@ -17,8 +19,8 @@ class Exact(FlatSolver):
 
     Primal (D <= n): one D x D Cholesky. Gram form (n < D): by Woodbury
     W = (V - V P^T (P P^T + n lambda I)^-1 P) / lambda, one n x n Cholesky for all queries. Both
-    factor in fp64 and refine with fp64 residuals against P itself, so that fp32 rounding of the
-    Gram matrix does not reach W.
+    factor in fp64 and refine with fp64 residuals against P itself until only the rounding of W is
+    left; the Gram matrix is formed in fp32, or in fp64 where the damping is too small for that.
     """
 
     method = "exact"
@@ -54,7 +56,7 @@ class Exact(FlatSolver):
             products=1,
             iterations=refinements,
             residual=residual,
-            converged=residual <= 16 * self._floor(name, V, W),
+            converged=residual <= RESIDUAL_LIMIT,
         )
         return W.view_as(V), outcome
 
@@ -71,7 +73,9 @@ class Exact(FlatSolver):
             if rows.width <= rows.n:
                 A, shift = rows.second_moment() / rows.n, lam
             else:
-                A, shift = rows.gram().double(), rows.n * lam
+                bound = self._condition_bound(name) or float("inf")
+                fine = torch.float64 if bound * EPS32 > FINE_GRAM else None
+                A, shift = rows.gram(fine).double(), rows.n * lam
             scale = 1 if rows.width <= rows.n else rows.n
             self._spread = float(A.norm()) / scale / rows.width**0.5
             A.diagonal().add_(shift)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from ..errors import InputError
 from .base import Solver
 from .rows import GradientRows
-
-EPS32 = torch.finfo(torch.float32).eps
 
 
 class FlatSolver(Solver):
@@ -28,10 +25,10 @@ class FlatSolver(Solver):
         self.rows.setdefault(name, GradientRows(flat.shape[1])).append(flat)
 
     def _fit_block(self, name: str, lam: float) -> None:
-        if lam <= 0:
+        if lam <= 0 and self.blocks[name].sum_square > 0:
             raise InputError(
-                f"block {name}: {self.method} needs a positive damping, got {lam:g} from "
-                f"{self.damping}: the flattened Fisher of {self.n} samples is singular without it"
+                f"block {name}: the damping ({self.damping}) resolves to {lam:g}, but "
+                f"{self.method} needs a positive one: the Fisher of {self.n} samples is singular without it"
             )
 
     def _residual(self, name: str, V: Tensor, W: Tensor) -> Tensor:
@@ -39,13 +36,6 @@ class FlatSolver(Solver):
         rows, lam = self.rows[name], self.lambdas[name]
         W64 = W.double()
         return V.double() - lam * W64 - rows.combine(rows.dots(W64)) / rows.n
-
-    def _floor(self, name: str, V: Tensor, W: Tensor) -> float:
-        """The residual that rounding W to its dtype leaves behind at most."""
-        state, lam = self.blocks[name], self.lambdas[name]
-        top = state.sum_square / state.n + lam
-        eps = torch.finfo(W.dtype).eps
-        return min(0.5, eps * (1 + top * float(W.norm()) / max(float(V.norm()), 1e-300)))
 
     def _tensors(self) -> dict[str, Tensor]:
         return {name: rows.tensor() for name, rows in self.rows.items()}

@@ -22,7 +22,7 @@ class BlockReport:
         products: dense products or factorisations spent; `iterations`: steps or refinements.
         residual: ||V - W A||_F / ||V||_F of the delivered W, measured in fp64. For a closed form
             (DataInf) the relative error of one query row against its fp64 evaluation.
-        converged: the residual is within tolerance, or within what the dtype can hold.
+        converged: the residual is within the tolerance asked for, 1e-3 where none was.
         fallback: None, or why another route than the planned one gave the result.
         collapse_angle: degrees between V and W; near 0 the method has become gradient dot.
     """
@@ -57,6 +57,11 @@ class Outcome:
     fallback: str | None = None
 
 
+def precision_of(tensor: Tensor) -> str:
+    """fp64 or fp32, the word of `BlockReport.precision`."""
+    return "fp64" if tensor.dtype == torch.float64 else "fp32"
+
+
 def angle(V: Tensor, W: Tensor) -> float | None:
     """Degrees between V and W seen as long vectors; None when either vanishes."""
     # an arc cosine in fp32 cannot tell 0.02 degrees from 0
@@ -69,6 +74,7 @@ def angle(V: Tensor, W: Tensor) -> float | None:
 
 
 COLLAPSE_DEGREES = 5.0
+RESIDUAL_LIMIT = 1e-3  # of the delivered W; scores are then right to about 0.1 %
 
 
 def summarise(reports: Sequence[BlockReport]) -> dict[str, object]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops import gram_accumulate_
+from ..ops.checks import accumulation_dtype
 
 CHUNK_ROWS = 512
 
@@ -46,10 +47,10 @@ class GradientRows:
             yield slice(start, start + len(chunk)), chunk if dtype is None else chunk.to(dtype)
             start += len(chunk)
 
-    def gram(self) -> Tensor:
-        """K = P P^T (n, n), in fp32 (fp64 for fp64 rows)."""
+    def gram(self, dtype: torch.dtype | None = None) -> Tensor:
+        """K = P P^T (n, n), summed in fp32 (fp64 for fp64 rows) unless `dtype` says otherwise."""
         self._join()
-        dtype = torch.float64 if self._chunks[0].dtype == torch.float64 else torch.float32
+        dtype = dtype or accumulation_dtype(self._chunks[0])
         K = torch.zeros(self.n, self.n, dtype=dtype, device=self._chunks[0].device)
         for i, upper in self.chunks():
             gram_accumulate_(K[i, i], upper)

@@ -98,7 +98,6 @@ def fine_tune(
                 num_train_epochs=settings.epochs,
                 learning_rate=settings.learning_rate,
                 per_device_train_batch_size=settings.batch_size,
-                warmup_steps=0.05,
                 lr_scheduler_type="linear",
                 bf16=settings.bf16,
                 save_strategy="no",

@@ -213,6 +213,15 @@ def vocabulary_size(model: Any) -> int | None:
     return getattr(model.get_input_embeddings(), "num_embeddings", None)
 
 
+def class_order(model: nn.Module, labels: Sequence[int | str]) -> Sequence[int | str]:
+    """The labels in the order of the model's own `label2id` where it names these very labels."""
+    known = getattr(getattr(model, "config", None), "label2id", None) or {}
+    if labels and set(map(str, known)) == set(map(str, labels)):
+        place = {str(name): index for name, index in known.items()}
+        return sorted(labels, key=lambda label: place[str(label)])
+    return labels
+
+
 def label_names(labels: Sequence[int | str | None]) -> list[int | str]:
     """The distinct labels in order; a label's class is its place in the list."""
     found = {label for label in labels if label is not None}
