@@ -28,7 +28,8 @@ class FlatSolver(Solver):
         if lam <= 0 and self.blocks[name].sum_square > 0:
             raise InputError(
                 f"block {name}: the damping ({self.damping}) resolves to {lam:g}, but "
-                f"{self.method} needs a positive one: the Fisher of {self.n} samples is singular without it"
+                f"{self.method} needs a positive one: without it the Fisher of {self.n} samples "
+                "is singular"
             )
 
     def _residual(self, name: str, V: Tensor, W: Tensor) -> Tensor:
