@@ -16,21 +16,23 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+METHODS = "-m grad_dot -m datainf -m hyperinf -m hyperinf:mode=paper -m exact"
 IDENTIFY = (
     "identify --model smollm2 --train {data}/{set}.train.jsonl --query {data}/{set}.test.jsonl "
-    "--epochs {epochs} --lora-rank 8 --lora-alpha 32 --bf16 --reduction mean "
-    "--tokens prompt --tokens all --tokens answer --damping 0.1 --damping 0.01 --damping 1 "
-    "-m grad_dot -m datainf -m hyperinf -m hyperinf:mode=paper -m exact -m lissa:iterations=10"
+    "--lora-rank 8 --lora-alpha 32 --bf16 --reduction mean "
 )
+MATH = f"--epochs 4 --tokens prompt --tokens answer --damping 0.1 {METHODS}"
 TABLES = {
-    "sentences": IDENTIFY.replace("{set}", "sentence_transformations").replace("{epochs}", "5"),
-    "math": IDENTIFY.replace("{set}", "math_without_reason").replace("{epochs}", "4"),
-    "math-reason": IDENTIFY.replace("{set}", "math_with_reason").replace("{epochs}", "4"),
+    "sentences": IDENTIFY.replace("{set}", "sentence_transformations")
+    + "--epochs 5 --tokens prompt --tokens all --tokens answer --damping 0.1 --damping 0.01 "
+    + f"--damping 1 {METHODS} -m lissa:iterations=10",
+    "math": IDENTIFY.replace("{set}", "math_without_reason") + MATH,
+    "math-reason": IDENTIFY.replace("{set}", "math_with_reason") + MATH,
     "sst2": (
         "mislabeled --model minilm --train {data}/sst2.train.jsonl "
         "--query {data}/sst2.validation.jsonl --limit 2000 --flip 0.2 --epochs 10 "
-        "--lora-rank 16 --lora-alpha 32 --damping 0.1 "
-        "-m grad_dot -m datainf -m hyperinf -m hyperinf:mode=paper -m exact -m lissa:iterations=10"
+        "--learning-rate 3e-4 --lora-rank 16 --lora-alpha 32 --damping 0.1 "
+        f"{METHODS} -m lissa"
     ),
 }
 
