@@ -50,6 +50,9 @@ _FLAGGED = ("miss", "fell")
 def certificate_card(name: str, style: str, method: Mapping[str, Any]) -> Markup:
     """The whole certificate of one method."""
     blocks, certificate = mappings(method.get("blocks")), mapping(method.get("certificate"))
+    if "certified" in certificate and certificate["certified"] is None:
+        # nothing was solved: residuals and angles of the identity would only puzzle
+        blocks = []
     parts = [tag("h3", tag(f"span.key.{style}"), tag("bdi", name)), verdict(certificate, blocks)]
     if blocks:
         ways = Counter(
@@ -98,7 +101,7 @@ def verdict(certificate: Mapping[str, Any], blocks: Sequence[Block]) -> Markup:
         worst = max(
             (r for b in blocks if (r := finite(b.get("residual"))) is not None), default=None
         )
-    if worst is None and certified is not True:
+    if worst is None and ("certified" not in certificate or certified is False):
         words.append("No residual was reported, so the arithmetic is unchecked.")
     elif worst is not None:
         words.append(f"The worst relative residual is {number(worst)}: {_meaning(worst)}")

@@ -201,7 +201,7 @@ def _finding(read: Sequence[tuple[Contender, Metrics]]) -> Markup | None:
         bar, rival = max(rivals, key=lambda a: a[0])
         words += [" Best baseline: ", tag("bdi", rival.name), f", {fixed(bar)}."]
         if bar >= top:
-            warning = " No method beats this baseline, so the scores add nothing here."
+            warning = " No method beats this baseline: for this question it is the better tool."
             words.append(tag("strong", warning))
     return tag("p", words)
 

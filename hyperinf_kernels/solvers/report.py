@@ -103,7 +103,7 @@ def summarise(reports: Sequence[BlockReport]) -> dict[str, object]:
         )
     solves_nothing = all(r.method == "grad_dot" for r in reports)
     if solves_nothing:
-        parts = ["plain dot products: nothing is solved, so there is nothing to certify"]
+        parts, worst = ["plain dot products: nothing is solved, so nothing to certify"], None
     return {
         "certified": None if solves_nothing else not missed,
         "worst_residual": worst,
