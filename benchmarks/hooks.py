@@ -41,7 +41,7 @@ def hooks(quick: bool) -> Iterator[Measurement]:
             model.zero_grad()
 
     count = setting.tokens(train)
-    for kept in ("answer", "all"):
+    for kept, repeats in (("answer", 3), ("all", 1)):
         loss, blocks = hk.CausalLM(kept), find_blocks(model)
         queries = [grads for _, grads in gradient_batches(model, query, loss, blocks, "query")]
         # preconditioned queries have the shape of their gradients, so these stand for any method's
@@ -58,7 +58,7 @@ def hooks(quick: bool) -> Iterator[Measurement]:
                 "plain forward and backward": plain,
                 "per-sample gradients and scores": collect_and_score,
             },
-            1 if quick else 3,
+            1 if quick else repeats,
         )
         case = f"{name}, {len(train_rows)} rows x {len(query_rows)} queries, loss on {kept} tokens"
         yield from measurements(
