@@ -1,0 +1,19 @@
+// Compiled once per instruction set (setup.py): fills that set's table of kernels.
+#include "cpu/kernels.h"
+
+#include "hyperinf/sherman_morrison.h"
+
+namespace hyperinf::HYPERINF_ISA {
+
+extern const Kernels kTable;
+
+static void slab(const SlabArgs& a) {
+  if (a.type == RowType::kBf16)
+    sherman_morrison_slab(static_cast<const Bf16*>(a.rows), a);
+  else
+    sherman_morrison_slab(static_cast<const float*>(a.rows), a);
+}
+
+const Kernels kTable = {slab};
+
+}  // namespace hyperinf::HYPERINF_ISA

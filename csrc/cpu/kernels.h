@@ -1,0 +1,40 @@
+// The kernels as the bindings see them: plain pointers, one table per instruction set.
+#pragma once
+
+#include <cstdint>
+#include <span>
+
+namespace hyperinf {
+
+enum class RowType { kFloat, kBf16 };
+
+// One slab of training rows for a few queries of `sherman_morrison`.
+struct SlabArgs {
+  const void* rows;  // (count, columns), unit column stride
+  RowType type;
+  int64_t row_stride;
+  int64_t count;
+  int64_t columns;
+  const float* queries;  // (n_queries, columns), contiguous
+  int64_t n_queries;     // at most kMaxQueries
+  float damping;
+  float* total;  // (n_queries, columns): sum over rows of (v . g) / (damping + g . g) g
+};
+constexpr int64_t kMaxQueries = 16;
+
+struct Kernels {
+  void (*sherman_morrison_slab)(const SlabArgs&);
+};
+
+struct Isa {
+  const char* name;
+  bool (*supported)();
+  const Kernels* kernels;
+};
+
+std::span<const Isa> compiled_isas();  // best first
+
+// The best table this processor runs, or the one HYPERINF_CPU_ISA names.
+const Kernels& kernels();
+
+}  // namespace hyperinf
