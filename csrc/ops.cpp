@@ -7,6 +7,8 @@
 STABLE_TORCH_LIBRARY(hyperinf, m) {
   // V (b, m, D) fp32, G (b, n, D) fp32 or bf16 with unit column stride, damping (b) fp32
   m.def("sherman_morrison(Tensor V, Tensor G, Tensor damping) -> Tensor");
+  // C (b, n1, n2) fp32 += alpha X Y^T, X (b, n1, D), Y (b, n2, D) fp32 or bf16; no Y means X
+  m.def("gram_accumulate_(Tensor(a!) C, Tensor X, Tensor? Y, float alpha) -> ()");
 }
 
 namespace {

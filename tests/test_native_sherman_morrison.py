@@ -57,7 +57,8 @@ def test_any_number_of_columns(columns: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", BOTH)
 @pytest.mark.parametrize("queries", [*range(1, 18), 33])
 def test_any_number_of_queries(queries: int, dtype: torch.dtype) -> None:
-    V, G = random(queries, 70), random(19, 70, dtype=dtype, seed=1)
+    columns = 70 if queries < 33 else 1030  # many queries on short rows stay in torch
+    V, G = random(queries, columns), random(19, columns, dtype=dtype, seed=1)
     assert_exact(run(V, G, 0.3), V, G, 0.3)
 
 
@@ -118,6 +119,12 @@ def test_batches_have_their_own_rows_and_damping(dtype: torch.dtype) -> None:
         assert_exact(actual[index], V[index], G[index], float(damping[index]))
     # a batch that is not one block of memory
     assert torch.equal(run(V.transpose(0, 1), G.transpose(0, 1), damping.T), actual.transpose(0, 1))
+
+
+def test_many_queries_on_short_rows_stay_in_torch() -> None:
+    plan = hk.explain("sherman_morrison", random(33, 70), random(5, 70))
+    assert plan.backend == "torch"
+    assert "over 32 queries on rows below 1024" in plan.reason
 
 
 def test_nothing_in_nothing_out() -> None:

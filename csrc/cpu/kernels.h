@@ -22,8 +22,28 @@ struct SlabArgs {
 };
 constexpr int64_t kMaxQueries = 16;
 
+// One tile of X Y^T over one chunk of the depth, both operands with any strides.
+struct GramArgs {
+  RowType type;
+  const void* x;  // (rows, depth)
+  int64_t x_row_stride;
+  int64_t x_depth_stride;
+  const void* y;  // (cols, depth)
+  int64_t y_row_stride;
+  int64_t y_depth_stride;
+  int64_t rows;
+  int64_t cols;
+  int64_t depth;
+  bool diagonal;  // x is y: only entries on or above the diagonal are wanted
+  float* tile;    // (kGramTile, kGramTile), written
+  float* panels;  // scratch of kGramPanels floats
+};
+constexpr int64_t kGramTile = 384;
+constexpr int64_t kGramPanels = 2 * kGramTile * 256;
+
 struct Kernels {
   void (*sherman_morrison_slab)(const SlabArgs&);
+  void (*gram_tile)(const GramArgs&);
 };
 
 struct Isa {

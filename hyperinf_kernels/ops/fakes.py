@@ -12,3 +12,8 @@ from torch import Tensor
 @torch.library.register_fake("hyperinf::sherman_morrison")  # type: ignore[untyped-decorator]
 def sherman_morrison(V: Tensor, G: Tensor, damping: Tensor) -> Tensor:
     return V.new_empty(V.shape)
+
+
+@torch.library.register_fake("hyperinf::gram_accumulate_")  # type: ignore[untyped-decorator]
+def gram_accumulate_(C: Tensor, X: Tensor, Y: Tensor | None, alpha: float) -> None:
+    return None

@@ -1,6 +1,7 @@
 // Compiled once per instruction set (setup.py): fills that set's table of kernels.
 #include "cpu/kernels.h"
 
+#include "hyperinf/gram.h"
 #include "hyperinf/sherman_morrison.h"
 
 namespace hyperinf::HYPERINF_ISA {
@@ -14,6 +15,13 @@ static void slab(const SlabArgs& a) {
     sherman_morrison_slab(static_cast<const float*>(a.rows), a);
 }
 
-const Kernels kTable = {slab};
+static void gram(const GramArgs& a) {
+  if (a.type == RowType::kBf16)
+    gram_tile<Bf16>(a);
+  else
+    gram_tile<float>(a);
+}
+
+const Kernels kTable = {slab, gram};
 
 }  // namespace hyperinf::HYPERINF_ISA
