@@ -67,6 +67,7 @@ class BuildKernels(build_ext):
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 objects = list(pool.map(lambda job: self._compile(ext, *job), jobs))
             ext.sources, ext.extra_objects = [], [name for names in objects for name in names]
+            ext.depends = ext.extra_objects
             super().build_extension(ext)
             say(f"built with CPU kernels ({', '.join(ISAS if X86 else ['portable'])})")
         except Exception as error:

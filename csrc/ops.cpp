@@ -9,6 +9,8 @@ STABLE_TORCH_LIBRARY(hyperinf, m) {
   m.def("sherman_morrison(Tensor V, Tensor G, Tensor damping) -> Tensor");
   // C (b, n1, n2) fp32 += alpha X Y^T, X (b, n1, D), Y (b, n2, D) fp32 or bf16; no Y means X
   m.def("gram_accumulate_(Tensor(a!) C, Tensor X, Tensor? Y, float alpha) -> ()");
+  // A (b, d, d) fp32, d <= 128 -> inverse (b, d, d) and LAPACK's info (b) int32
+  m.def("spd_inverse(Tensor A) -> (Tensor, Tensor)");
 }
 
 namespace {

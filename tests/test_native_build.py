@@ -137,6 +137,7 @@ def test_tensors_that_need_gradients_stay_in_torch(which: str) -> None:
 OPS = {
     "sherman_morrison": lambda: (random(2, 3, 9), random(2, 5, 9), torch.tensor([0.5, 2.0])),
     "gram_accumulate_": lambda: (random(2, 5, 7), random(2, 5, 9), random(2, 7, 9), 0.5),
+    "spd_inverse": lambda: (torch.eye(5) + random(3, 5, 1) * random(3, 5, 1).mT,),
     "gram_accumulate_ of one set": lambda: (random(2, 5, 5), random(2, 5, 9), None, 0.5),
 }
 

@@ -41,9 +41,24 @@ struct GramArgs {
 constexpr int64_t kGramTile = 384;
 constexpr int64_t kGramPanels = 2 * kGramTile * 256;
 
+// One group of symmetric positive definite matrices, at most one per lane.
+struct LanesArgs {
+  const float* matrices;  // (count, d, d), unit column stride; the lower triangle is read
+  int64_t matrix_stride;
+  int64_t row_stride;
+  int64_t count;
+  int d;
+  float* inverses;  // (count, d, d), contiguous
+  int32_t* info;    // (count), LAPACK's: 0, or the order of the first minor that is not positive
+  float* scratch;   // aligned to 64 bytes
+};
+constexpr int64_t kMaxSide = 128;
+
 struct Kernels {
+  int64_t lanes;
   void (*sherman_morrison_slab)(const SlabArgs&);
   void (*gram_tile)(const GramArgs&);
+  void (*spd_inverse_lanes)(const LanesArgs&);
 };
 
 struct Isa {

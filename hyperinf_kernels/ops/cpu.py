@@ -16,6 +16,7 @@ from .dispatch import TensorMeta, implements
 ROWS = (torch.float32, torch.bfloat16)
 # measured: below these sizes torch's own products are as fast or faster
 LEAST_SIDE = 32
+LEAST_MATRICES, LARGEST_SIDE = 4, 128
 MANY_QUERIES, SHORT_ROWS = 32, 1024
 
 
@@ -96,3 +97,21 @@ def _add_products(C: Tensor, X: Tensor, Y: Tensor | None, alpha: float) -> Tenso
         return C.add_(total.view(C.shape))
     torch.ops.hyperinf.gram_accumulate_(total, *rows, alpha)
     return C
+
+
+def _refuse_spd_inverse(metas: tuple[TensorMeta, ...]) -> str | None:
+    shape = metas[0].shape
+    if shape[-1] > LARGEST_SIDE:
+        return f"takes matrices up to {LARGEST_SIDE} on a side"
+    if math.prod(shape[:-2]) < LEAST_MATRICES:
+        return f"fewer than {LEAST_MATRICES} matrices are as fast in torch"
+    return _unsupported(metas[:1], (torch.float32,))
+
+
+@implements("spd_inverse", "cpu", _refuse_spd_inverse)
+def spd_inverse(A: Tensor) -> tuple[Tensor, Tensor]:
+    flat = A.reshape(math.prod(A.shape[:-2]), *A.shape[-2:])
+    if flat.stride(-1) != 1:
+        flat = flat.contiguous()
+    inverse, info = torch.ops.hyperinf.spd_inverse(flat)
+    return inverse.reshape(A.shape), info.reshape(A.shape[:-2])

@@ -3,6 +3,7 @@
 
 #include "hyperinf/gram.h"
 #include "hyperinf/sherman_morrison.h"
+#include "hyperinf/spd_inverse.h"
 
 namespace hyperinf::HYPERINF_ISA {
 
@@ -22,6 +23,6 @@ static void gram(const GramArgs& a) {
     gram_tile<float>(a);
 }
 
-const Kernels kTable = {slab, gram};
+const Kernels kTable = {kLanes, slab, gram, spd_inverse_lanes};
 
 }  // namespace hyperinf::HYPERINF_ISA
