@@ -12,6 +12,7 @@ import torch
 
 from . import __version__
 from . import ops as ops  # registers the kernels
+from .ops import native
 from .ops.dispatch import BACKENDS, KERNELS, capability
 
 EXTRAS = {
@@ -19,8 +20,8 @@ EXTRAS = {
     "cli": ("typer", "rich", "pyarrow"),
     "triton": ("triton",),
 }
-VARIABLES = ("HYPERINF_BACKEND", "HYPERINF_STRICT", "HYPERINF_CUDA", "HYPERINF_CUDA_ARCHS",
-             "HYPERINF_DATA")  # fmt: skip
+VARIABLES = ("HYPERINF_BACKEND", "HYPERINF_STRICT", "HYPERINF_CPU", "HYPERINF_CPU_ISA",
+             "HYPERINF_CUDA", "HYPERINF_CUDA_ARCHS", "HYPERINF_DATA")  # fmt: skip
 
 
 def collect() -> dict[str, Any]:
@@ -31,6 +32,7 @@ def collect() -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
+        "cpu_kernels": native.missing() or ", ".join(native.isas()),
         "extras": {
             extra: {name: _version(name) for name in names} for extra, names in EXTRAS.items()
         },
@@ -68,7 +70,8 @@ def as_text() -> str:
     lines = [
         f"hyperinf_kernels {facts['hyperinf_kernels']}, torch {facts['torch']}, "
         f"Python {facts['python']}, CUDA {facts['cuda'] or 'no device'}, "
-        f"{facts['threads']} threads"
+        f"{facts['threads']} threads",
+        f"compiled CPU kernels: {facts['cpu_kernels']}",
     ]
     for extra, packages in facts["extras"].items():
         found = ", ".join(f"{n} {v}" if v else f"{n} missing" for n, v in packages.items())

@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import native
+
 log = logging.getLogger("hyperinf_kernels")
 
 PREFERENCE = {"cuda": ("triton", "cuda", "torch"), "cpu": ("cpu", "torch")}
@@ -46,10 +48,17 @@ class TensorMeta(NamedTuple):
     dtype: torch.dtype
     device: str
     stride: tuple[int, ...]
+    requires_grad: bool = False
 
     @classmethod
     def of(cls, tensor: Tensor) -> TensorMeta:
-        return cls(tuple(tensor.shape), tensor.dtype, tensor.device.type, tuple(tensor.stride()))
+        return cls(
+            tuple(tensor.shape),
+            tensor.dtype,
+            tensor.device.type,
+            tuple(tensor.stride()),
+            tensor.requires_grad and torch.is_grad_enabled(),
+        )
 
 
 @dataclass(frozen=True)
@@ -95,6 +104,9 @@ def capability() -> Capability:
         missing["triton"] = "triton is not installed (pip install 'hyperinf_kernels[triton]')"
     elif not torch.cuda.is_available():
         missing["triton"] = "no CUDA device is visible"
+    unbuilt = native.missing()
+    if unbuilt:
+        missing["cpu"] = unbuilt
     return Capability(missing)
 
 

@@ -21,7 +21,8 @@ from .schedule import Step
 SLICE_NUMBERS = 1 << 24
 
 
-def _slices(count: int, numbers_each: int) -> Iterator[slice]:
+def slices(count: int, numbers_each: int) -> Iterator[slice]:
+    """Slices of `count` samples that hold at most SLICE_NUMBERS numbers, or one sample."""
     step = max(1, SLICE_NUMBERS // max(1, numbers_each))
     return (slice(start, start + step) for start in range(0, count, step))
 
@@ -40,9 +41,9 @@ def per_sample_grad(delta: Tensor, act: Tensor) -> Tensor:
 @implements("per_sample_norm_sq")
 def per_sample_norm_sq(delta: Tensor, act: Tensor, ghost: bool) -> Tensor:
     lead, (tokens, rows), cols = delta.shape[:-2], delta.shape[-2:], act.shape[-1]
-    delta, act = _samples(delta, torch.Size(), 2), _samples(act, torch.Size(), 2)
+    delta, act = samples(delta, torch.Size(), 2), samples(act, torch.Size(), 2)
     out = torch.empty(len(delta), dtype=accumulation_dtype(delta, act), device=delta.device)
-    for part in _slices(len(delta), tokens * tokens if ghost else rows * cols):
+    for part in slices(len(delta), tokens * tokens if ghost else rows * cols):
         d, a = _widen(delta[part], act[part])
         if ghost:
             # cancellation can leave a sum of squares slightly below zero
@@ -55,11 +56,11 @@ def per_sample_norm_sq(delta: Tensor, act: Tensor, ghost: bool) -> Tensor:
 @implements("per_sample_dot")
 def per_sample_dot(delta: Tensor, act: Tensor, V: Tensor, ghost: bool) -> Tensor:
     lead, (tokens, rows), cols = delta.shape[:-2], delta.shape[-2:], act.shape[-1]
-    delta, act = _samples(delta, torch.Size(), 2), _samples(act, torch.Size(), 2)
+    delta, act = samples(delta, torch.Size(), 2), samples(act, torch.Size(), 2)
     dtype = accumulation_dtype(delta, act, V)
     V = V.to(dtype)
     out = torch.empty(len(delta), len(V), dtype=dtype, device=delta.device)
-    for part in _slices(len(delta), tokens * len(V) * rows if ghost else rows * cols):
+    for part in slices(len(delta), tokens * len(V) * rows if ghost else rows * cols):
         d, a = delta[part].to(dtype), act[part].to(dtype)
         if ghost:
             out[part] = torch.einsum("btmo,bto->bm", torch.einsum("bti,moi->btmo", a, V), d)
@@ -79,9 +80,7 @@ def pairwise_dot(delta1: Tensor, act1: Tensor, delta2: Tensor, act2: Tensor, gho
         d2, a2 = d2.unsqueeze(-4), a2.unsqueeze(-4)
     else:
         g2 = (d2.mT @ a2).flatten(-2)
-    for part in _slices(
-        samples, tokens * act2.shape[-3] * act2.shape[-2] if ghost else rows * cols
-    ):
+    for part in slices(samples, tokens * act2.shape[-3] * act2.shape[-2] if ghost else rows * cols):
         d1, a1 = delta1[..., part, :, :].to(dtype), act1[..., part, :, :].to(dtype)
         if ghost:
             pairs = (d1.unsqueeze(-3) @ d2.mT) * (a1.unsqueeze(-3) @ a2.mT)
@@ -98,20 +97,20 @@ def gfim_accumulate_(
     lead = C.shape[:-2]
     if act is not None:
         dtype = accumulation_dtype(C, grads, act)
-        delta, act = (_samples(t, lead, 2).to(dtype) for t in (grads, act))
-        for part in _slices(delta.shape[-3], delta.shape[-1] * act.shape[-1]):
+        delta, act = (samples(t, lead, 2).to(dtype) for t in (grads, act))
+        for part in slices(delta.shape[-3], delta.shape[-1] * act.shape[-1]):
             formed = per_sample_grad(delta[..., part, :, :], act[..., part, :, :])
             gfim_accumulate_(C, formed, side=side, alpha=alpha)
         return C
-    stack = _samples(grads if side == "cols" else grads.mT, lead, 1)
-    for part in _slices(stack.shape[-2], stack.shape[-1]):
+    stack = samples(grads if side == "cols" else grads.mT, lead, 1)
+    for part in slices(stack.shape[-2], stack.shape[-1]):
         rows = stack[..., part, :].to(accumulation_dtype(C, stack))
         # alpha may leave fp32's range when squared gradients are tiny, so it multiplies the product
         C.add_(rows.mT @ rows, alpha=alpha)
     return C
 
 
-def _samples(tensor: Tensor, lead: torch.Size, keep: int) -> Tensor:
+def samples(tensor: Tensor, lead: torch.Size, keep: int) -> Tensor:
     """Join all dimensions between the batch's and the last `keep` ones."""
     shape = tensor.shape
     joined = math.prod(shape[len(lead) : len(shape) - keep])

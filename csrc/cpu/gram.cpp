@@ -1,0 +1,165 @@
+// hyperinf::gram_accumulate_ on CPU: C += alpha X Y^T, or alpha X X^T at half the work.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <memory>
+#include <optional>
+
+#include "cpu/checks.h"
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+
+namespace hyperinf {
+
+using torch::stable::Tensor;
+
+namespace {
+
+// The output in tiles, the depth in chunks: all from the shape, so threads do not change a bit.
+struct Plan {
+  int64_t batch, rows, cols, depth, row_tiles, col_tiles, chunks, chunk;
+  bool symmetric;
+
+  int64_t tiles() const {
+    return symmetric ? row_tiles * (row_tiles + 1) / 2 : row_tiles * col_tiles;
+  }
+};
+
+struct Place {
+  int64_t batch, row, col;  // of the tile's first element
+};
+
+Plan make_plan(int64_t batch, int64_t rows, int64_t cols, int64_t depth, bool symmetric) {
+  constexpr int64_t enough_items = 48, shortest_chunk = 1024;
+  const auto tiles_of = [](int64_t size) { return (size + kGramTile - 1) / kGramTile; };
+  Plan plan{batch, rows, cols, depth, tiles_of(rows), tiles_of(cols), 1, depth, symmetric};
+  const int64_t wanted = enough_items / std::max<int64_t>(1, batch * plan.tiles());
+  const int64_t chunks =
+      std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, depth / shortest_chunk));
+  plan.chunk = (depth + chunks - 1) / chunks;
+  plan.chunks = (depth + plan.chunk - 1) / plan.chunk;
+  return plan;
+}
+
+Place place_of(const Plan& plan, int64_t tile) {
+  const int64_t batch = tile / plan.tiles();
+  int64_t left = tile % plan.tiles(), row = 0;
+  for (int64_t width = plan.col_tiles; left >= width; ++row) {
+    left -= width;
+    if (plan.symmetric) --width;
+  }
+  return {batch, row * kGramTile, (left + (plan.symmetric ? row : 0)) * kGramTile};
+}
+
+// C += alpha * tile, and its mirror image; small squares keep both sides in cache.
+void add_tile(const Tensor& C, const Plan& plan, const Place& at, const float* tile, double alpha) {
+  constexpr int64_t square = 32;
+  const int64_t rs = C.stride(1), cs = C.stride(2);
+  float* c = static_cast<float*>(C.mutable_data_ptr()) + at.batch * C.stride(0);
+  const int64_t rows = std::min(kGramTile, plan.rows - at.row);
+  const int64_t cols = std::min(kGramTile, plan.cols - at.col);
+  const bool diagonal = plan.symmetric && at.row == at.col;
+  const auto add = [&](int64_t i, int64_t j, float value) {
+    float& entry = c[i * rs + j * cs];
+    entry = static_cast<float>(entry + alpha * value);
+  };
+  for (int64_t i0 = 0; i0 < rows; i0 += square)
+    for (int64_t j0 = diagonal ? i0 : 0; j0 < cols; j0 += square) {
+      const int64_t i1 = std::min(rows, i0 + square), j1 = std::min(cols, j0 + square);
+      for (int64_t i = i0; i < i1; ++i)
+        for (int64_t j = diagonal ? std::max(i, j0) : j0; j < j1; ++j)
+          add(at.row + i, at.col + j, tile[i * kGramTile + j]);
+      if (!plan.symmetric) continue;
+      for (int64_t j = j0; j < j1; ++j)
+        for (int64_t i = i0; i < (diagonal ? std::min(i1, j) : i1); ++i)
+          add(at.col + j, at.row + i, tile[i * kGramTile + j]);
+    }
+}
+
+// total += next, only where the product was written
+void add_chunk(const Plan& plan, const Place& at, float* total, const float* next) {
+  const int64_t rows = std::min(kGramTile, plan.rows - at.row);
+  const int64_t cols = std::min(kGramTile, plan.cols - at.col);
+  const bool diagonal = plan.symmetric && at.row == at.col;
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = diagonal ? i : 0; j < cols; ++j)
+      total[i * kGramTile + j] += next[i * kGramTile + j];
+}
+
+GramArgs gram_args(const Tensor& X, const Tensor& Y, const Plan& plan, const Place& at,
+                   int64_t chunk, float* tile, float* panels) {
+  const auto operand = [&](const Tensor& t, int64_t row) {
+    const int64_t offset =
+        at.batch * t.stride(0) + row * t.stride(1) + chunk * plan.chunk * t.stride(2);
+    return static_cast<const char*>(t.const_data_ptr()) +
+           offset * static_cast<int64_t>(t.element_size());
+  };
+  return {row_type("X", X),
+          operand(X, at.row),
+          X.stride(1),
+          X.stride(2),
+          operand(Y, at.col),
+          Y.stride(1),
+          Y.stride(2),
+          std::min(kGramTile, plan.rows - at.row),
+          std::min(kGramTile, plan.cols - at.col),
+          std::min(plan.chunk, plan.depth - chunk * plan.chunk),
+          plan.symmetric && at.row == at.col,
+          tile,
+          panels};
+}
+
+std::unique_ptr<float[]> scratch(int64_t count) {
+  return std::unique_ptr<float[]>(new float[static_cast<size_t>(count)]);
+}
+
+void gram_accumulate_(const Tensor& C, const Tensor& X, const std::optional<Tensor>& other,
+                      double alpha) {
+  const Tensor& Y = other.has_value() ? *other : X;
+  check_dims("C", C, 3);
+  check_dims("X", X, 3);
+  check_dims("Y", Y, 3);
+  check_float("C", C);
+  STD_TORCH_CHECK(row_type("X", X) == row_type("Y", Y), "X and Y must have one dtype");
+  const int64_t batch = C.size(0), rows = C.size(1), cols = C.size(2), depth = X.size(2);
+  STD_TORCH_CHECK(X.size(0) == batch && X.size(1) == rows && Y.size(0) == batch &&
+                      Y.size(1) == cols && Y.size(2) == depth,
+                  "gram_accumulate_: C (b, n1, n2), X (b, n1, D) and Y (b, n2, D) must agree");
+  if (batch * rows * cols * depth == 0) return;
+
+  const Plan plan = make_plan(batch, rows, cols, depth, !other.has_value());
+  const Kernels& table = kernels();
+  const int64_t tiles = batch * plan.tiles(), area = kGramTile * kGramTile;
+  const int64_t items = tiles * plan.chunks, workers = worker_count(items);
+  const auto panels = scratch(workers * kGramPanels);
+  if (plan.chunks == 1) {
+    const auto partial = scratch(workers * area);
+    for_each_item(items, [&](int64_t item, int64_t worker) {
+      const Place at = place_of(plan, item);
+      float* tile = partial.get() + worker * area;
+      table.gram_tile(gram_args(X, Y, plan, at, 0, tile, panels.get() + worker * kGramPanels));
+      add_tile(C, plan, at, tile, alpha);
+    });
+    return;
+  }
+  const auto partial = scratch(items * area);
+  for_each_item(items, [&](int64_t item, int64_t worker) {
+    const int64_t chunk = item / tiles;
+    table.gram_tile(gram_args(X, Y, plan, place_of(plan, item % tiles), chunk,
+                              partial.get() + item * area, panels.get() + worker * kGramPanels));
+  });
+  for_each_item(tiles, [&](int64_t t, int64_t) {
+    float* total = partial.get() + t * area;
+    for (int64_t chunk = 1; chunk < plan.chunks; ++chunk)
+      add_chunk(plan, place_of(plan, t), total, total + chunk * tiles * area);
+    add_tile(C, plan, place_of(plan, t), total, alpha);
+  });
+}
+
+}  // namespace
+
+}  // namespace hyperinf
+
+STABLE_TORCH_LIBRARY_IMPL(hyperinf, CPU, m) {
+  m.impl("gram_accumulate_", TORCH_BOX(&hyperinf::gram_accumulate_));
+}

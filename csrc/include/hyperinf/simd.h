@@ -1,0 +1,67 @@
+// One vector of floats, as wide as the instruction set this file is compiled for.
+//
+// The build compiles the kernels once per instruction set, each in a namespace of its own, so that
+// the linker never merges two of them. For the same reason nothing of the standard library that
+// is not a builtin is used below this line.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#ifndef HYPERINF_ISA
+#define HYPERINF_ISA portable
+#define HYPERINF_LANES 4
+#endif
+
+namespace hyperinf::HYPERINF_ISA {
+
+constexpr int kLanes = HYPERINF_LANES;
+constexpr bool kWideRegisterFile = kLanes == 16;  // 32 vector registers instead of 16
+
+using Vec = float __attribute__((vector_size(4 * HYPERINF_LANES)));
+using Vec4 = float __attribute__((vector_size(16)));
+
+struct Bf16 {
+  uint16_t bits;
+};
+
+static inline float widen(float x) { return x; }
+
+static inline float widen(Bf16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+static inline Vec load(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+static inline Vec load(const Bf16* p) {
+  using Half = uint16_t __attribute__((vector_size(2 * HYPERINF_LANES)));
+  using Word = uint32_t __attribute__((vector_size(4 * HYPERINF_LANES)));
+  Half half;
+  std::memcpy(&half, p, sizeof half);
+  const Word word = __builtin_convertvector(half, Word) << 16;
+  Vec v;
+  std::memcpy(&v, &word, sizeof v);
+  return v;
+}
+
+static inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+
+static inline Vec broadcast(float x) { return Vec{} + x; }
+
+static inline float sum(Vec v) {
+  // halves, then quarters: the same order on every compiler
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) v[i] += v[i + width];
+  return v[0];
+}
+
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+}  // namespace hyperinf::HYPERINF_ISA

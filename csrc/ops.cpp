@@ -1,0 +1,45 @@
+// The schema of every compiled op, and the Python module that carries them.
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+
+#include "cpu/kernels.h"
+
+STABLE_TORCH_LIBRARY(hyperinf, m) {
+  // V (b, m, D) fp32, G (b, n, D) fp32 or bf16 with unit column stride, damping (b) fp32
+  m.def("sherman_morrison(Tensor V, Tensor G, Tensor damping) -> Tensor");
+  // C (b, n1, n2) fp32 += alpha X Y^T, X (b, n1, D), Y (b, n2, D) fp32 or bf16; no Y means X
+  m.def("gram_accumulate_(Tensor(a!) C, Tensor X, Tensor? Y, float alpha) -> ()");
+  // A (b, d, d) fp32, d <= 128 -> inverse (b, d, d) and LAPACK's info (b) int32
+  m.def("spd_inverse(Tensor A) -> (Tensor, Tensor)");
+}
+
+namespace {
+
+PyObject* cpu_isas(PyObject*, PyObject*) {
+  PyObject* names = PyList_New(0);
+  for (const auto& entry : hyperinf::compiled_isas()) {
+    if (names == nullptr || !entry.supported()) continue;
+    PyObject* name = PyUnicode_FromString(entry.name);
+    if (name == nullptr || PyList_Append(names, name) != 0) Py_CLEAR(names);
+    Py_XDECREF(name);
+  }
+  return names;
+}
+
+PyMethodDef methods[] = {{"cpu_isas", cpu_isas, METH_NOARGS,
+                          "Compiled instruction sets this processor runs, best first."},
+                         {nullptr, nullptr, 0, nullptr}};
+
+PyModuleDef module = {PyModuleDef_HEAD_INIT,
+                      "_C",
+                      "Compiled kernels of hyperinf_kernels.",
+                      -1,
+                      methods,
+                      nullptr,
+                      nullptr,
+                      nullptr,
+                      nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }

@@ -1,0 +1,233 @@
+"""The compiled Gram and GFIM sums against numpy fp64, on every compiled path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+import hyperinf_kernels as hk
+from tests.native_cases import needs_kernels, on_cpu_kernels, random, shifted, threads, worst
+from tests.oracle import Array
+
+pytestmark = [needs_kernels, pytest.mark.usefixtures("isa")]
+# largest error <= K x largest error of torch.mm in fp32, plus a few roundings of the result
+K = 2.0
+FLOOR = 4 * np.finfo(np.float32).eps
+BOTH = [pytest.param(torch.float32, id="fp32"), pytest.param(torch.bfloat16, id="bf16")]
+SIDES = [1, 2, 3, 4, 11, 12, 13, 31, 32, 33, 100]
+DEPTHS = [1, 2, 3, 4, 5, 15, 16, 17, 255, 256, 257, 1000]
+
+
+def f64(tensor: torch.Tensor) -> Array:
+    return tensor.double().numpy()
+
+
+def assert_sum(
+    C: torch.Tensor, before: torch.Tensor, X: torch.Tensor, Y: torch.Tensor, alpha: float = 1.0
+) -> None:
+    """C is before + alpha X Y^T, as exact as torch's product."""
+    expected = f64(before) + alpha * (f64(X) @ np.swapaxes(f64(Y), -1, -2))
+    peer = before + alpha * (X.float() @ Y.float().mT)
+    bound = K * worst(peer, expected) + FLOOR * np.abs(expected).max(initial=0)
+    assert worst(C, expected) <= bound
+
+
+def add(C: torch.Tensor, X: torch.Tensor, Y: torch.Tensor | None, alpha: float) -> torch.Tensor:
+    """The kernel itself, which takes sizes that the face leaves to torch."""
+    torch.ops.hyperinf.gram_accumulate_(C[None], X[None], None if Y is None else Y[None], alpha)
+    return C
+
+
+# --- the kernel ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", BOTH)
+@pytest.mark.parametrize("side", SIDES)
+def test_any_side(side: int, dtype: torch.dtype) -> None:
+    X, Y = random(side, 70, dtype=dtype), random(45, 70, dtype=dtype, seed=1)
+    for other, columns in ((None, side), (Y, 45)):
+        before = random(side, columns, seed=2)
+        C = add(before.clone(), X, other, 0.5)
+        assert_sum(C, before, X, X if other is None else other, 0.5)
+    before = random(45, side, seed=2)
+    assert_sum(add(before.clone(), Y, X, 0.5), before, Y, X, 0.5)
+
+
+@pytest.mark.parametrize("dtype", BOTH)
+@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("by_column", [False, True], ids=["rows contiguous", "columns contiguous"])
+def test_any_depth_in_either_layout(depth: int, dtype: torch.dtype, by_column: bool) -> None:
+    X, Y = random(37, depth, dtype=dtype), random(14, depth, dtype=dtype, seed=1)
+    if by_column:
+        X, Y = X.T.contiguous().T, Y.T.contiguous().T
+    assert_sum(add(torch.zeros(37, 14), X, Y, 1.0), torch.zeros(37, 14), X, Y)
+    assert_sum(add(torch.zeros(37, 37), X, None, 1.0), torch.zeros(37, 37), X, X)
+
+
+@pytest.mark.parametrize("rows", [383, 384, 385, 800])
+@pytest.mark.parametrize("depth", [100, 2100])
+def test_several_tiles_and_chunks(rows: int, depth: int) -> None:
+    X, Y = random(rows, depth), random(401, depth, seed=1)
+    assert_sum(add(torch.zeros(rows, rows), X, None, 1.0), torch.zeros(rows, rows), X, X)
+    assert_sum(add(torch.zeros(rows, 401), X, Y, 1.0), torch.zeros(rows, 401), X, Y)
+
+
+@pytest.mark.parametrize("rows", [37, 400])
+def test_own_products_are_symmetric_to_the_bit(rows: int) -> None:
+    C = add(torch.zeros(rows, rows), random(rows, 333), None, 0.7)
+    assert torch.equal(C, C.T)
+
+
+@pytest.mark.parametrize("rows", [37, 400])
+def test_an_accumulator_that_is_not_symmetric_keeps_both_its_halves(rows: int) -> None:
+    before, X = random(rows, rows, seed=2), random(rows, 50)
+    assert_sum(add(before.clone(), X, None, 1.0), before, X, X)
+
+
+VIEWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "unaligned": shifted,
+    "every other column": lambda t: t.repeat_interleave(2, 1)[:, ::2],
+    "every other row": lambda t: t.repeat_interleave(2, 0)[::2],
+    "window": lambda t: torch.nn.functional.pad(t, (1, 2, 3, 4), value=torch.nan)[3:-4, 1:-2],
+    "transposed": lambda t: t.T.contiguous().T,
+    "one row repeated": lambda t: t[:1].expand_as(t),
+    "one column repeated": lambda t: t[:, :1].expand_as(t),
+}
+
+
+@pytest.mark.parametrize("dtype", BOTH)
+@pytest.mark.parametrize("view", VIEWS)
+def test_layout_does_not_change_a_bit(view: str, dtype: torch.dtype) -> None:
+    X = VIEWS[view](random(41, 90, dtype=dtype))
+    plain = add(torch.zeros(41, 41), X.contiguous(), None, 1.0)
+    assert torch.equal(add(torch.zeros(41, 41), X, None, 1.0), plain)
+    assert torch.equal(add(torch.zeros(41, 41), X, X.clone(), 1.0), plain)
+
+
+def test_a_strided_accumulator_is_written_and_nothing_beside_it() -> None:
+    buffer = torch.full((82, 90), 7.0)
+    window = buffer[1:81:2, 3:83:2]
+    window.zero_()
+    X = random(40, 50)
+    assert_sum(add(window, X, None, 1.0), torch.zeros(40, 40), X, X)
+    assert int((buffer == 7).sum()) == buffer.numel() - 1600
+
+
+def test_nan_reaches_its_row_and_column_only() -> None:
+    X = random(50, 60)
+    clean = add(torch.zeros(50, 50), X, None, 1.0)
+    X[17, 3] = torch.nan
+    spoiled = add(torch.zeros(50, 50), X, None, 1.0)
+    keep = torch.arange(50) != 17
+    assert spoiled[17].isnan().all()
+    assert spoiled[:, 17].isnan().all()
+    assert torch.equal(spoiled[keep][:, keep], clean[keep][:, keep])
+
+
+def test_alpha_may_be_beyond_fp32() -> None:
+    X = random(40, 30) * 1e-15
+    C = add(torch.zeros(40, 40), X, None, 1e32)
+    assert_sum(C * 1e-2, torch.zeros(40, 40), X * 1e15, X * 1e15)
+
+
+def test_bits_do_not_depend_on_threads() -> None:
+    cases = [(random(50, 5000), random(33, 5000, seed=1)), (random(500, 90), random(420, 90))]
+    for X, Y in cases:
+        sums = []
+        for count in (1, 2, 2, 3):
+            with threads(count):
+                own = add(torch.zeros(len(X), len(X)), X, None, 1.0)
+                sums.append((own, add(torch.zeros(len(X), len(Y)), X, Y, 1.0)))
+        for own, mixed in sums[1:]:
+            assert torch.equal(own, sums[0][0])
+            assert torch.equal(mixed, sums[0][1])
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((torch.zeros(3, 3), torch.zeros(1, 3, 4), None), "C must have 3 dimensions"),
+        ((torch.zeros(1, 3, 3).double(), torch.zeros(1, 3, 4), None), "C must be fp32"),
+        ((torch.zeros(1, 3, 3), torch.zeros(1, 3, 4).half(), None), "X must be fp32 or bf16"),
+        ((torch.zeros(1, 3, 2), torch.zeros(1, 3, 4), torch.zeros(1, 2, 5)), "must agree"),
+        ((torch.zeros(1, 3, 2), torch.zeros(1, 3, 4), None), "must agree"),
+        ((torch.zeros(1, 3, 2), torch.zeros(1, 3, 4), torch.zeros(1, 2, 4).bfloat16()),
+         "one dtype"),
+    ],
+    ids=["dims", "fp64 sum", "fp16 rows", "depths", "square", "mixed"],
+)  # fmt: skip
+def test_the_raw_op_refuses_what_it_cannot_read(args: tuple, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.hyperinf.gram_accumulate_(*args, 1.0)
+
+
+# --- the public faces ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", BOTH)
+def test_gram_of_batches_and_mixed_types(dtype: torch.dtype) -> None:
+    G1, G2 = random(2, 3, 35, 60, dtype=dtype), random(2, 3, 40, 60, seed=1)
+    with on_cpu_kernels("gram_accumulate_"):
+        K12 = hk.gram_accumulate_(torch.ones(2, 3, 35, 40), G1, G2)
+        K11 = hk.gram_accumulate_(torch.ones(2, 3, 35, 35), G1)
+        # batch dimensions that do not join into one stride
+        crossed = torch.ones(3, 2, 35, 35).transpose(0, 1)
+        assert hk.gram_accumulate_(crossed, G1) is crossed
+    assert_sum(K12, torch.ones(2, 3, 35, 40), G1, G2)
+    assert_sum(K11, torch.ones(2, 3, 35, 35), G1, G1)
+    assert_sum(crossed, torch.ones(2, 3, 35, 35), G1, G1)
+
+
+@pytest.mark.parametrize("dtype", BOTH)
+@pytest.mark.parametrize("side", ["cols", "rows"])
+@pytest.mark.parametrize("factors", [False, True], ids=["gradients", "factors"])
+@pytest.mark.parametrize("lead", [(), (3,)], ids=["one block", "stacked"])
+def test_gfim(lead: tuple[int, ...], factors: bool, side: str, dtype: torch.dtype) -> None:
+    delta, act = random(*lead, 6, 9, 33, dtype=dtype), random(*lead, 6, 9, 47, dtype=dtype, seed=1)
+    grads = torch.from_numpy(np.einsum("...to,...ti->...oi", f64(delta), f64(act))).to(dtype)
+    size = 47 if side == "cols" else 33
+    C = torch.ones(*lead, size, size)
+    args = (delta, act) if factors else (grads,)
+    with on_cpu_kernels("gfim_accumulate_"):
+        assert hk.gfim_accumulate_(C, *args, side=side, alpha=0.25) is C
+    given = torch.from_numpy(f64(delta).swapaxes(-1, -2) @ f64(act)) if factors else grads.double()
+    stack = given.mT if side == "cols" else given
+    stack = stack.movedim(-3, -2).flatten(-2)  # (..., side, B * other)
+    expected = 1 + 0.25 * f64(stack) @ f64(stack).swapaxes(-1, -2)
+    formed = delta.float().mT @ act.float() if factors else grads.float()
+    formed = (formed.mT if side == "cols" else formed).movedim(-3, -2).flatten(-2)
+    peer = 1 + 0.25 * (formed @ formed.mT)
+    bound = K * worst(peer, expected) + FLOOR * np.abs(expected).max()
+    assert worst(C, expected) <= bound
+
+
+@pytest.mark.parametrize(
+    ("total", "rows", "reason"),
+    [
+        (torch.zeros(40, 40).double(), random(40, 5), "takes float32, not float64"),
+        (torch.zeros(40, 40), random(40, 5).half(), "takes float32 and bfloat16, not float16"),
+        (torch.zeros(31, 31), random(31, 5), "below 32 on a side"),
+    ],
+    ids=["fp64 sum", "fp16 rows", "small"],
+)
+def test_what_the_kernel_does_not_take_runs_in_torch_with_the_reason(
+    total: torch.Tensor, rows: torch.Tensor, reason: str
+) -> None:
+    plan = hk.explain("gram_accumulate_", total, rows)
+    assert plan.backend == "torch"
+    assert reason in plan.reason
+    total = hk.gram_accumulate_(total.clone(), rows)
+    assert torch.allclose(total.double(), rows.double() @ rows.double().T, atol=1e-5)
+
+
+def test_nothing_adds_nothing() -> None:
+    K = random(40, 40)
+    before = K.clone()
+    with on_cpu_kernels("gram_accumulate_", "gfim_accumulate_"):
+        hk.gram_accumulate_(K, torch.zeros(40, 0))
+        hk.gfim_accumulate_(K, torch.zeros(0, 3, 40))
+        hk.gram_accumulate_(torch.zeros(0, 40, 40), torch.zeros(0, 40, 3))
+    assert torch.equal(K, before)
