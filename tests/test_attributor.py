@@ -137,6 +137,22 @@ def test_saved_and_loaded_attributors_score_alike(method: str, tmp_path: Path) -
         hk.Attributor.load(tmp_path / "other", model)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "attributor.json is damaged"),
+        ('{"format": 99}', "has format 99, this version reads 1"),
+        ('{"format": 1}', "lacks method, options"),
+        ("[]", "attributor.json is damaged"),
+    ],
+    ids=["cut", "other format", "foreign", "not an object"],
+)
+def test_a_damaged_folder_is_explained(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "attributor.json").write_text(text)
+    with pytest.raises(hk.InputError, match=message):
+        hk.Attributor.load(tmp_path, models.llama())
+
+
 def test_nothing_is_left_of_a_save_that_fails(tmp_path: Path, monkeypatch) -> None:
     import safetensors.torch
 

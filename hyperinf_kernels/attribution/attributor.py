@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..files import write_json
 from ..gradients import Loss, find_blocks, make_loss
 from ..solvers import BlockReport, Damping, Solver, make_solver
 from ..solvers.flat import FlatSolver
+from . import saved
 from .influence import sum_blocks
 from .scores import DensePanel, Id, InfluenceScores, TopKPanel, block_scores
 from .stream import (
@@ -32,7 +29,6 @@ from .stream import (
     gradient_batches,
 )
 
-FORMAT = 1
 GROUP_ROWS = 512  # rows solved together for self-influence
 
 
@@ -205,15 +201,9 @@ class Attributor:
         Raises:
             InputError: not fitted, or the folder exists.
         """
-        from safetensors.torch import save_file
-
         self._check_fitted()
-        target = Path(folder)
-        if target.exists():
-            raise InputError(f"{target} exists already; choose a new folder")
         tensors, meta = self.solver.state()
         document = {
-            "format": FORMAT,
             "method": self.solver.method,
             "options": self.solver.options(),
             "damping": vars(self.solver.damping),
@@ -222,17 +212,7 @@ class Attributor:
             "train_ids": self.train_ids,
             "solver": meta,
         }
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-        try:
-            # safetensors refuses tensors that share memory
-            held = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
-            save_file(held, temporary / "solver.safetensors")
-            write_json(temporary / "attributor.json", document)
-            temporary.chmod(0o755)
-            temporary.replace(target)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        saved.write(Path(folder), document, tensors)
 
     @classmethod
     def load(
@@ -251,17 +231,8 @@ class Attributor:
         Raises:
             InputError: no saved attributor there, another format, or blocks that do not fit.
         """
-        from safetensors.torch import load_file
-
         source = Path(folder)
-        try:
-            document = json.loads((source / "attributor.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise InputError(f"{source} holds no saved attributor (attributor.json)") from None
-        if document["format"] != FORMAT:
-            raise InputError(
-                f"{source} has format {document['format']}, this version reads {FORMAT}"
-            )
+        document, tensors = saved.read(source)
         loss = loss if loss is not None else document["loss"]
         if loss is None:
             raise InputError(f"{source} was saved with a callable loss; give it again as loss=")
@@ -279,10 +250,7 @@ class Attributor:
                     f"{source}"
                 )
         device = next(model.parameters()).device
-        tensors = {
-            name: tensor.to(device)
-            for name, tensor in load_file(source / "solver.safetensors").items()
-        }
+        tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
         attributor.solver.restore(tensors, document["solver"])
         attributor.solver.fit()
         attributor.train_ids = document["train_ids"]

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from ..files import atomic
 from ..solvers import BlockReport, summarise
 
@@ -97,8 +98,13 @@ class InfluenceScores:
 
         A top-k result writes its most helpful and most harmful examples.
         """
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+        try:
+            import pyarrow as pa
+            import pyarrow.parquet as pq
+        except ImportError:
+            raise InputError(
+                "writing Parquet needs pyarrow: pip install 'hyperinf_kernels[cli]'"
+            ) from None
 
         if self.is_dense:
             train_ids = [self.ids] * len(self.query_ids)

@@ -5,8 +5,9 @@ from . import reference as reference
 from .accumulate import gfim_accumulate_, gram_accumulate_
 from .dispatch import BackendError, Plan, explain, trace_backends
 from .per_sample import pairwise_dot, per_sample_dot, per_sample_grad, per_sample_norm_sq
-from .schulz import SolveInfo, schulz_inverse, schulz_solve
+from .schulz import schulz_inverse, schulz_solve
 from .sherman_morrison import sherman_morrison
+from .solve import SolveInfo
 from .spd_inverse import spd_inverse
 
 __all__ = [

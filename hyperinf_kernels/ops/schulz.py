@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal, overload
 
 import torch
@@ -10,41 +9,26 @@ from torch import Tensor
 
 from . import checks
 from .bounds import lower_estimate, upper_bound
-from .dispatch import call, explain
+from .dispatch import call
 from .schedule import FREE_FIRST_STEP, PRODUCTS, Step, plan_steps
+from .solve import (
+    COARSE,
+    SolveInfo,
+    checked_matrices,
+    frobenius,
+    inverse_floor,
+    inverse_residual,
+    refuse_indefinite,
+    refuse_overflow,
+    solve_info,
+    zeros,
+)
 
 Precision = Literal["ieee", "tf32x3", "tf32", "bf16"]
-PRECISIONS = ("ieee", "tf32x3", "tf32", "bf16")
 Bounds = tuple[float | Tensor, float | Tensor]
 
-COARSE = 0.1  # residual at which thin refinement takes over from dense products
 MAX_REFINEMENTS = 40
 EPS64 = torch.finfo(torch.float64).eps
-
-
-@dataclass(frozen=True)
-class SolveInfo:
-    """What a solve did. `residual` and `converged` hold one entry per matrix of the batch.
-
-    Attributes:
-        method: "schulz" or "direct".
-        backend: the backend of the dense products.
-        precision: the arithmetic that really ran (a lower one is a permission, not an order).
-        products: dense d x d products spent, the certifying one included.
-        iterations: Schulz steps, or thin refinements added to them.
-        residual: ||I - A X||_F / ||I||_F or ||V - W A||_F / ||V||_F, measured in fp64.
-        converged: residual within `tol`, or within the dtype's floor when `tol` is None.
-        fallback: None, or why (some) matrices were solved directly in fp64 instead.
-    """
-
-    method: str
-    backend: str
-    precision: str
-    products: int
-    iterations: int
-    residual: Tensor
-    converged: Tensor
-    fallback: str | None
 
 
 @overload
@@ -91,7 +75,7 @@ def schulz_inverse(
     """
     A = checked_matrices(A, tol, precision, max_products)
     if A.numel() == 0:
-        info = solve_info(A, "schulz", 0, 0, _zeros(A), tol, _zeros(A))
+        info = solve_info(A, "schulz", 0, 0, zeros(A), tol, zeros(A))
         return (A.clone(), info) if return_info else A.clone()
     lower, upper = _bounds(A, bounds)
     eps = torch.finfo(A.dtype).eps
@@ -181,7 +165,7 @@ def schulz_solve(
     dtype = checks.accumulation_dtype(A, V)
     A, V = A.to(dtype), V.to(dtype)
     if A.numel() == 0 or V.numel() == 0:
-        info = solve_info(A, "schulz", 0, 0, _zeros(A), tol, _zeros(A))
+        info = solve_info(A, "schulz", 0, 0, zeros(A), tol, zeros(A))
         return (V.clone(), info) if return_info else V.clone()
     lower, upper = _bounds(A, bounds)
     start, steps = plan_steps(lower, upper, COARSE)
@@ -190,15 +174,15 @@ def schulz_solve(
 
     eps = torch.finfo(dtype).eps
     A64, V64, X64 = A.double(), V.double(), X.double()
-    norm = _norm(V64).clamp_min(torch.finfo(torch.float64).tiny)
+    norm = frobenius(V64).clamp_min(torch.finfo(torch.float64).tiny)
     W, best = V64 @ X64, torch.full_like(norm, float("inf"))
     refinements = 0
     for _ in range(MAX_REFINEMENTS):
         E = V64 - W @ A64
-        residual = _norm(E) / norm
+        residual = frobenius(E) / norm
         slow = residual > best / 2
         best = torch.minimum(best, residual)
-        floor64 = 2 * EPS64 * (1 + upper * _norm(W) / norm)
+        floor64 = 2 * EPS64 * (1 + upper * frobenius(W) / norm)
         unfinished = residual > (tol or eps) / 4
         if not bool(unfinished.any()):
             break
@@ -211,9 +195,9 @@ def schulz_solve(
             products, best = products + 2, torch.full_like(best, float("inf"))
         W, refinements = W + E @ X64, refinements + 1
     out = W.to(dtype)
-    residual = _norm(V64 - out.double() @ A64) / norm
+    residual = frobenius(V64 - out.double() @ A64) / norm
     top = A64.abs().sum(-1).amax(-1)
-    floor = (8 * eps * (1 + top * _norm(W) / norm)).clamp_max(COARSE)
+    floor = (8 * eps * (1 + top * frobenius(W) / norm)).clamp_max(COARSE)
     reached = residual <= (tol if tol is not None else floor)
     fallback = None
     if not bool(reached.all()):
@@ -226,40 +210,11 @@ def schulz_solve(
             f"(residual {float(residual[~reached].nan_to_num(torch.inf).max()):.2e}); "
             "solved by Cholesky in fp64"
         )
-        residual = _norm(V64 - out.double() @ A64) / norm
+        residual = frobenius(V64 - out.double() @ A64) / norm
     if not return_info:
         return out
     iterations = len(steps) + refinements
     return out, solve_info(A, "schulz", products, iterations, residual, tol, floor, fallback)
-
-
-def checked_matrices(
-    A: Tensor, tol: float | None = None, precision: str = "ieee", max_products: int = 64
-) -> Tensor:
-    """A in its accumulation dtype, once its shape, values and the options are fit to be solved."""
-    checks.floating(A=A)
-    checks.at_least(2, "(..., d, d)", A=A)
-    checks.agree(A.shape[-1] == A.shape[-2], "A must hold square matrices (..., d, d)", A=A)
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    if max_products < 2:
-        raise ValueError(f"max_products must be at least 2, got {max_products}")
-    A = A.to(checks.accumulation_dtype(A))
-    eps = torch.finfo(A.dtype).eps
-    if tol is not None and not eps / 2 <= tol < 1:
-        raise ValueError(
-            f"tol must lie in [{eps / 2:.1e}, 1) for {A.dtype}, got {tol}; "
-            f"no {A.dtype} result has a smaller residual, whatever the condition number"
-        )
-    checks.finite_matrices("A", A)
-    if A.numel():
-        unfit = (A.diagonal(dim1=-2, dim2=-1) <= 0).any(-1)
-        refuse_indefinite(unfit, "it has a diagonal entry that is not positive")
-        size = A.abs().amax((-2, -1))
-        skew = (A - A.mT).abs().amax((-2, -1))
-        if bool((skew > 1e-3 * size).any()):
-            raise ValueError("A must be symmetric; the largest |A - A^T| is over 1e-3 of max |A|")
-    return A
 
 
 def _bounds(A: Tensor, bounds: Bounds | None) -> tuple[Tensor, Tensor]:
@@ -298,40 +253,6 @@ def _in_dtype(steps: list[Step], dtype: torch.dtype) -> list[Step]:
     ]
 
 
-def refuse_indefinite(bad: Tensor, why: str) -> None:
-    if bool(bad.any()):
-        index = ", ".join(map(str, torch.nonzero(bad)[0].tolist()))
-        name = f"A[{index}]" if index else "A"
-        raise ValueError(f"{name} is not positive definite: {why}; add damping")
-
-
-def inverse_floor(A: Tensor, X: Tensor) -> Tensor:
-    """The residual that rounding leaves in an inverse of this condition number, per matrix."""
-    condition = A.abs().sum(-1).amax(-1).double() * X.abs().sum(-1).amax(-1).double()
-    return (8 * torch.finfo(A.dtype).eps * condition).clamp_max(COARSE)
-
-
-def refuse_overflow(X: Tensor) -> None:
-    """Raise ValueError naming the first inverse that left the range of its dtype."""
-    bad = ~torch.isfinite(X).flatten(-2).all(-1)
-    if bool(bad.any()):
-        index = ", ".join(map(str, torch.nonzero(bad)[0].tolist()))
-        raise ValueError(f"the inverse of A[{index}] overflows {X.dtype}; rescale A")
-
-
-def _zeros(A: Tensor) -> Tensor:
-    return torch.zeros(A.shape[:-2], dtype=torch.float64, device=A.device)
-
-
-def _norm(M: Tensor) -> Tensor:
-    return M.square().sum((-2, -1)).sqrt()
-
-
-def inverse_residual(A: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
-    R = torch.eye(A.shape[-1], dtype=torch.float64, device=A.device) - A.double() @ X.double()
-    return R, (_norm(R) / A.shape[-1] ** 0.5).nan_to_num(torch.inf)
-
-
 def _cholesky_inverse64(A: Tensor, chosen: Tensor) -> Tensor:
     """fp64 inverses of the chosen matrices of the batch."""
     factor, info = torch.linalg.cholesky_ex(A[chosen].double())
@@ -343,24 +264,3 @@ def _cholesky_inverse64(A: Tensor, chosen: Tensor) -> Tensor:
 
 def _asked(tol: float | None) -> str:
     return f"tol {tol:.1e}" if tol is not None else "the dtype's floor"
-
-
-def solve_info(
-    A: Tensor,
-    method: str,
-    products: int,
-    iterations: int,
-    residual: Tensor,
-    tol: float | None,
-    floor: Tensor,
-    fallback: str | None = None,
-) -> SolveInfo:
-    """The info of a finished solve; `floor` is per matrix and counts where `tol` is None."""
-    limit = tol if tol is not None else floor
-    if tol is not None and bool((residual > tol).any()):
-        note = f"{A.dtype} attains about {float(residual.max()):.1e} here"
-        fallback = f"{fallback}; {note}" if fallback else note
-    backend = explain("schulz", A).backend
-    return SolveInfo(
-        method, backend, "ieee", products, iterations, residual, residual <= limit, fallback
-    )

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from .dispatch import call, explain
-from .schulz import (
+from .schulz import schulz_inverse
+from .solve import (
     SolveInfo,
     checked_matrices,
     inverse_floor,
     inverse_residual,
     refuse_indefinite,
     refuse_overflow,
-    schulz_inverse,
     solve_info,
 )
 

@@ -1,0 +1,127 @@
+"""What every inverse and solve shares: checks, the measured residual, the info, the refusals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .dispatch import explain
+
+PRECISIONS = ("ieee", "tf32x3", "tf32", "bf16")
+COARSE = 0.1  # residual at which thin refinement takes over from dense products
+
+
+@dataclass(frozen=True)
+class SolveInfo:
+    """What a solve did. `residual` and `converged` hold one entry per matrix of the batch.
+
+    Attributes:
+        method: "schulz" or "direct".
+        backend: the backend of the dense products.
+        precision: the arithmetic that really ran (a lower one is a permission, not an order).
+        products: dense d x d products spent, the certifying one included.
+        iterations: Schulz steps, or thin refinements added to them.
+        residual: ||I - A X||_F / ||I||_F or ||V - W A||_F / ||V||_F, measured in fp64.
+        converged: residual within `tol`, or within the dtype's floor when `tol` is None.
+        fallback: None, or why (some) matrices were solved directly in fp64 instead.
+    """
+
+    method: str
+    backend: str
+    precision: str
+    products: int
+    iterations: int
+    residual: Tensor
+    converged: Tensor
+    fallback: str | None
+
+
+def checked_matrices(
+    A: Tensor, tol: float | None = None, precision: str = "ieee", max_products: int = 64
+) -> Tensor:
+    """A in its accumulation dtype, once its shape, values and the options are fit to be solved."""
+    checks.floating(A=A)
+    checks.at_least(2, "(..., d, d)", A=A)
+    checks.agree(A.shape[-1] == A.shape[-2], "A must hold square matrices (..., d, d)", A=A)
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if max_products < 2:
+        raise ValueError(f"max_products must be at least 2, got {max_products}")
+    A = A.to(checks.accumulation_dtype(A))
+    eps = torch.finfo(A.dtype).eps
+    if tol is not None and not eps / 2 <= tol < 1:
+        raise ValueError(
+            f"tol must lie in [{eps / 2:.1e}, 1) for {A.dtype}, got {tol}; "
+            f"no {A.dtype} result has a smaller residual, whatever the condition number"
+        )
+    checks.finite_matrices("A", A)
+    if A.numel():
+        unfit = (A.diagonal(dim1=-2, dim2=-1) <= 0).any(-1)
+        refuse_indefinite(unfit, "it has a diagonal entry that is not positive")
+        size = A.abs().amax((-2, -1))
+        skew = (A - A.mT).abs().amax((-2, -1))
+        if bool((skew > 1e-3 * size).any()):
+            raise ValueError("A must be symmetric; the largest |A - A^T| is over 1e-3 of max |A|")
+    return A
+
+
+def refuse_indefinite(bad: Tensor, why: str) -> None:
+    """Raise ValueError naming the first bad matrix."""
+    if bool(bad.any()):
+        index = ", ".join(map(str, torch.nonzero(bad)[0].tolist()))
+        name = f"A[{index}]" if index else "A"
+        raise ValueError(f"{name} is not positive definite: {why}; add damping")
+
+
+def inverse_floor(A: Tensor, X: Tensor) -> Tensor:
+    """The residual that rounding leaves in an inverse of this condition number, per matrix."""
+    condition = A.abs().sum(-1).amax(-1).double() * X.abs().sum(-1).amax(-1).double()
+    return (8 * torch.finfo(A.dtype).eps * condition).clamp_max(COARSE)
+
+
+def refuse_overflow(X: Tensor) -> None:
+    """Raise ValueError naming the first inverse that left the range of its dtype."""
+    bad = ~torch.isfinite(X).flatten(-2).all(-1)
+    if bool(bad.any()):
+        index = ", ".join(map(str, torch.nonzero(bad)[0].tolist()))
+        raise ValueError(f"the inverse of A[{index}] overflows {X.dtype}; rescale A")
+
+
+def zeros(A: Tensor) -> Tensor:
+    """One fp64 zero per matrix."""
+    return torch.zeros(A.shape[:-2], dtype=torch.float64, device=A.device)
+
+
+def frobenius(M: Tensor) -> Tensor:
+    """Frobenius norm per matrix."""
+    return M.square().sum((-2, -1)).sqrt()
+
+
+def inverse_residual(A: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
+    """I - A X in fp64, and its norm relative to I per matrix."""
+    R = torch.eye(A.shape[-1], dtype=torch.float64, device=A.device) - A.double() @ X.double()
+    return R, (frobenius(R) / A.shape[-1] ** 0.5).nan_to_num(torch.inf)
+
+
+def solve_info(
+    A: Tensor,
+    method: str,
+    products: int,
+    iterations: int,
+    residual: Tensor,
+    tol: float | None,
+    floor: Tensor,
+    fallback: str | None = None,
+) -> SolveInfo:
+    """The info of a finished solve; `floor` is per matrix and counts where `tol` is None."""
+    limit = tol if tol is not None else floor
+    if tol is not None and bool((residual > tol).any()):
+        note = f"{A.dtype} attains about {float(residual.max()):.1e} here"
+        fallback = f"{fallback}; {note}" if fallback else note
+    backend = explain("schulz", A).backend
+    return SolveInfo(
+        method, backend, "ieee", products, iterations, residual, residual <= limit, fallback
+    )
