@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from . import hooks, job, plots, registry
+from . import hooks, job, native, plots, registry
 
 
 def main() -> None:
@@ -34,6 +34,7 @@ def main() -> None:
 
 assert hooks
 assert job
+assert native
 
 if __name__ == "__main__":
     main()
