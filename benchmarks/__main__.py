@@ -6,6 +6,7 @@ import sys
 
 from . import hooks as hooks  # registers itself
 from . import job as job
+from . import native as native
 from . import plots, registry
 
 

@@ -75,6 +75,16 @@ def test_several_tiles_and_chunks(rows: int, depth: int) -> None:
     assert_sum(add(torch.zeros(rows, 401), X, Y, 1.0), torch.zeros(rows, 401), X, Y)
 
 
+def test_many_tiles_with_a_long_depth_add_their_chunks_in_order() -> None:
+    X, Y = random(26, 33, 4500), random(26, 40, 4500, seed=1)
+    C, D = torch.zeros(26, 33, 33), torch.zeros(26, 33, 40)
+    torch.ops.hyperinf.gram_accumulate_(C, X, None, 1.0)
+    torch.ops.hyperinf.gram_accumulate_(D, X, Y, 1.0)
+    for i in range(26):
+        assert_sum(C[i], torch.zeros(33, 33), X[i], X[i])
+        assert_sum(D[i], torch.zeros(33, 40), X[i], Y[i])
+
+
 @pytest.mark.parametrize("rows", [37, 400])
 def test_own_products_are_symmetric_to_the_bit(rows: int) -> None:
     C = add(torch.zeros(rows, rows), random(rows, 333), None, 0.7)

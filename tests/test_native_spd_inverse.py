@@ -40,7 +40,7 @@ def assert_exact(X: torch.Tensor, A: torch.Tensor) -> None:
 
 
 def run(A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The kernel itself, which takes batches that the face leaves to torch."""
+    """The kernel itself, which takes sizes that the face leaves to torch."""
     X, info = torch.ops.hyperinf.spd_inverse(A)
     return X, info
 
@@ -195,9 +195,9 @@ def test_a_matrix_that_fp32_cannot_factor_is_retried_in_fp64() -> None:
     [
         (spd(4, 6).double(), "takes float32, not float64"),
         (spd(1, 129).expand(4, 129, 129), "up to 128 on a side"),
-        (spd(3, 6), "fewer than 4 matrices"),
+        (spd(1, 65), "one matrix over 64 on a side"),
     ],
-    ids=["fp64", "large", "few"],
+    ids=["fp64", "large", "alone"],
 )
 def test_what_the_kernel_does_not_take_runs_in_torch_with_the_reason(
     A: torch.Tensor, reason: str

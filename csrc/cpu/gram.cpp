@@ -18,7 +18,7 @@ namespace {
 // The output in tiles, the depth in chunks: all from the shape, so threads do not change a bit.
 struct Plan {
   int64_t batch, rows, cols, depth, row_tiles, col_tiles, chunks, chunk;
-  bool symmetric;
+  bool symmetric, chunks_apart;  // chunks are items of their own, or follow each other in one
 
   int64_t tiles() const {
     return symmetric ? row_tiles * (row_tiles + 1) / 2 : row_tiles * col_tiles;
@@ -30,14 +30,17 @@ struct Place {
 };
 
 Plan make_plan(int64_t batch, int64_t rows, int64_t cols, int64_t depth, bool symmetric) {
-  constexpr int64_t enough_items = 48, shortest_chunk = 1024;
-  const auto tiles_of = [](int64_t size) { return (size + kGramTile - 1) / kGramTile; };
-  Plan plan{batch, rows, cols, depth, tiles_of(rows), tiles_of(cols), 1, depth, symmetric};
+  constexpr int64_t enough_items = 48, shortest = 1024;
+  constexpr int64_t longest = 4096;  // a running sum of few blocks keeps its rounding small
+  const auto parts = [](int64_t size, int64_t of) { return (size + of - 1) / of; };
+  Plan plan{batch, rows,  cols,      depth, parts(rows, kGramTile), parts(cols, kGramTile),
+            1,     depth, symmetric, false};
   const int64_t wanted = enough_items / std::max<int64_t>(1, batch * plan.tiles());
+  plan.chunks_apart = wanted > 1 && depth >= 2 * shortest;
   const int64_t chunks =
-      std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, depth / shortest_chunk));
-  plan.chunk = (depth + chunks - 1) / chunks;
-  plan.chunks = (depth + plan.chunk - 1) / plan.chunk;
+      plan.chunks_apart ? std::min(wanted, depth / shortest) : parts(depth, longest);
+  plan.chunk = parts(depth, chunks);
+  plan.chunks = parts(depth, plan.chunk);
   return plan;
 }
 
@@ -130,15 +133,21 @@ void gram_accumulate_(const Tensor& C, const Tensor& X, const std::optional<Tens
   const Plan plan = make_plan(batch, rows, cols, depth, !other.has_value());
   const Kernels& table = kernels();
   const int64_t tiles = batch * plan.tiles(), area = kGramTile * kGramTile;
-  const int64_t items = tiles * plan.chunks, workers = worker_count(items);
+  const int64_t items = plan.chunks_apart ? tiles * plan.chunks : tiles,
+                workers = worker_count(items);
   const auto panels = scratch(workers * kGramPanels);
-  if (plan.chunks == 1) {
-    const auto partial = scratch(workers * area);
-    for_each_item(items, [&](int64_t item, int64_t worker) {
-      const Place at = place_of(plan, item);
-      float* tile = partial.get() + worker * area;
-      table.gram_tile(gram_args(X, Y, plan, at, 0, tile, panels.get() + worker * kGramPanels));
-      add_tile(C, plan, at, tile, alpha);
+  if (!plan.chunks_apart) {
+    const auto partial = scratch(workers * 2 * area);
+    for_each_item(tiles, [&](int64_t t, int64_t worker) {
+      const Place at = place_of(plan, t);
+      float* const total = partial.get() + worker * 2 * area;
+      for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
+        float* const tile = chunk == 0 ? total : total + area;
+        table.gram_tile(
+            gram_args(X, Y, plan, at, chunk, tile, panels.get() + worker * kGramPanels));
+        if (chunk > 0) add_chunk(plan, at, total, tile);
+      }
+      add_tile(C, plan, at, total, alpha);
     });
     return;
   }

@@ -39,7 +39,8 @@ struct GramArgs {
   float* panels;  // scratch of kGramPanels floats
 };
 constexpr int64_t kGramTile = 384;
-constexpr int64_t kGramPanels = 2 * kGramTile * 256;
+constexpr int64_t kGramDepth = 192;  // depth of the packed panels, which stay in cache
+constexpr int64_t kGramPanels = 2 * kGramTile * kGramDepth;
 
 // One group of symmetric positive definite matrices, at most one per lane.
 struct LanesArgs {

@@ -16,7 +16,7 @@ from .dispatch import TensorMeta, implements
 ROWS = (torch.float32, torch.bfloat16)
 # measured: below these sizes torch's own products are as fast or faster
 LEAST_SIDE = 32
-LEAST_MATRICES, LARGEST_SIDE = 4, 128
+LARGEST_SIDE, LARGEST_ALONE = 128, 64
 MANY_QUERIES, SHORT_ROWS = 32, 1024
 
 
@@ -103,8 +103,8 @@ def _refuse_spd_inverse(metas: tuple[TensorMeta, ...]) -> str | None:
     shape = metas[0].shape
     if shape[-1] > LARGEST_SIDE:
         return f"takes matrices up to {LARGEST_SIDE} on a side"
-    if math.prod(shape[:-2]) < LEAST_MATRICES:
-        return f"fewer than {LEAST_MATRICES} matrices are as fast in torch"
+    if math.prod(shape[:-2]) == 1 and shape[-1] > LARGEST_ALONE:
+        return f"one matrix over {LARGEST_ALONE} on a side is faster in torch"
     return _unsupported(metas[:1], (torch.float32,))
 
 

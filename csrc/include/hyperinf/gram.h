@@ -9,8 +9,6 @@ namespace hyperinf::HYPERINF_ISA {
 constexpr int kMr = kWideRegisterFile ? 12 : 4;
 constexpr int kNv = 2;
 constexpr int kNr = kNv * kLanes;
-// The panels of one step over the depth: X's stays in L2, one sliver of Y's in L1.
-constexpr int64_t kDepth = 256;
 static_assert(kGramTile % kMr == 0 && kGramTile % kNr == 0);
 
 // out (kMr, kNr) (+)= sum_k x[k][i] y[k][j]
@@ -44,9 +42,9 @@ static void gram_tile(const GramArgs& a) {
   Strided<T> x{static_cast<const T*>(a.x), a.x_row_stride, a.x_depth_stride};
   Strided<T> y{static_cast<const T*>(a.y), a.y_row_stride, a.y_depth_stride};
   float* const packed_x = a.panels;
-  float* const packed_y = a.panels + kGramTile * kDepth;
-  for (int64_t start = 0; start < a.depth; start += kDepth) {
-    const int64_t depth = smaller(kDepth, a.depth - start);
+  float* const packed_y = a.panels + kGramTile * kGramDepth;
+  for (int64_t start = 0; start < a.depth; start += kGramDepth) {
+    const int64_t depth = smaller(kGramDepth, a.depth - start);
     pack<kMr>(x, a.rows, depth, packed_x);
     pack<kNr>(y, a.cols, depth, packed_y);
     if (start == 0)
