@@ -41,7 +41,7 @@ def hooks(quick: bool) -> Iterator[Measurement]:
             model.zero_grad()
 
     count = setting.tokens(train)
-    for kept, repeats in (("answer", 3), ("all", 1)):
+    for kept, repeats in (("answer", 2), ("all", 1)):
         loss, blocks = hk.CausalLM(kept), find_blocks(model)
         queries = [grads for _, grads in gradient_batches(model, query, loss, blocks, "query")]
         # preconditioned queries have the shape of their gradients, so these stand for any method's

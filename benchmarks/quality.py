@@ -21,7 +21,7 @@ IDENTIFY = (
     "identify --model smollm2 --train {data}/{set}.train.jsonl --query {data}/{set}.test.jsonl "
     "--lora-rank 8 --lora-alpha 32 --bf16 --reduction mean "
 )
-MATH = f"--epochs 4 --tokens prompt --tokens answer --damping 0.1 {METHODS}"
+MATH = f"--epochs 3 --tokens prompt --tokens answer --damping 0.1 {METHODS}"
 TABLES = {
     "sentences": IDENTIFY.replace("{set}", "sentence_transformations")
     + "--epochs 5 --tokens prompt --tokens all --tokens answer --damping 0.1 --damping 0.01 "
