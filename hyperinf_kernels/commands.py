@@ -75,13 +75,15 @@ app = typer.Typer(
 
 
 def run(job: str, as_json: bool, settings: dict[str, Any], **arguments: Any) -> None:
-    from . import jobs
-
     quiet_libraries()
+    # only now: these import libraries that read their environment when first imported
+    from . import jobs
+    from .preparation import Settings
+
     _check_device(settings["device"])
     try:
         with Bars() as bars:
-            chosen = jobs.Settings(**settings, progress=bars.advance)
+            chosen = Settings(**settings, progress=bars.advance)
             document = getattr(jobs, job)(chosen, **arguments)
     except BackendError as error:
         raise InputError(str(error)) from error
