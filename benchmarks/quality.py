@@ -21,13 +21,13 @@ IDENTIFY = (
     "identify --model smollm2 --train {data}/{set}.train.jsonl --query {data}/{set}.test.jsonl "
     "--lora-rank 8 --lora-alpha 32 --bf16 --reduction mean "
 )
-MATH = f"--epochs 3 --tokens prompt --tokens answer --damping 0.1 {METHODS}"
+MATH = f"--tokens prompt --tokens answer --damping 0.1 {METHODS}"
 TABLES = {
     "sentences": IDENTIFY.replace("{set}", "sentence_transformations")
     + "--epochs 5 --tokens prompt --tokens all --tokens answer --damping 0.1 --damping 0.01 "
     + f"--damping 1 {METHODS} -m lissa:iterations=10",
-    "math": IDENTIFY.replace("{set}", "math_without_reason") + MATH,
-    "math-reason": IDENTIFY.replace("{set}", "math_with_reason") + MATH,
+    "math": IDENTIFY.replace("{set}", "math_without_reason") + f"--epochs 3 {MATH}",
+    "math-reason": IDENTIFY.replace("{set}", "math_with_reason") + f"--epochs 2 {MATH}",
     "sst2": (
         "mislabeled --model minilm --train {data}/sst2.train.jsonl "
         "--query {data}/sst2.validation.jsonl --limit 2000 --flip 0.2 --epochs 10 "

@@ -112,7 +112,7 @@ def tuning(
 @app.command()
 def demo(
     method: Method = ["hyperinf", "datainf", "exact", "grad_dot"],  # noqa: B006
-    rows: Annotated[int, option("Training rows to generate.", "--rows")] = 360,
+    rows: Annotated[int, option("Training rows to generate.", "--rows")] = 300,
     queries: Annotated[int, option("Queries to generate.", "--queries")] = 50,
     corrupt: Annotated[float, option("Share of wrong answers.", "--corrupt")] = 0.1,
     epochs: Epochs = 3,
