@@ -2,8 +2,8 @@
 
 A benchmark file decorates one function with `@benchmark("name")`. It yields `Measurement`s; the
 runner adds versions, device, load and git revision, writes `results/NAME.csv` and draws
-`results/NAME.png`. Providers of one case are timed interleaved, so that a busy moment of the
-machine hits all of them.
+`results/NAME.png`. Providers of one case are timed `interleaved`, so that a busy moment of the
+machine hits all of them; only the whole job is too long for that and runs once.
 """
 
 from __future__ import annotations

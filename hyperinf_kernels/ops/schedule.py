@@ -22,12 +22,10 @@ FREE_FIRST_STEP = 2  # from X0 = a I neither A X0 nor X0 Z is a product
 
 @dataclass(frozen=True)
 class Step:
-    """One step: its degree, its scalars (one tensor of the batch's shape each), the residual it
-    promises."""
+    """One step: its degree and its scalars, one tensor of the batch's shape each."""
 
     degree: int
     coefficients: dict[str, Tensor]
-    predicted: Tensor
 
 
 @functools.lru_cache(maxsize=256)
@@ -66,7 +64,7 @@ def plan_steps(lower: Tensor, upper: Tensor, target: float) -> tuple[Tensor, lis
     steps = []
     for degree in cheapest_chain(degree_for(condition, target)):
         coefficients, e = _STEPS[degree](e)
-        steps.append(Step(degree, coefficients, e))
+        steps.append(Step(degree, coefficients))
     return 2 / (lower + upper), steps
 
 

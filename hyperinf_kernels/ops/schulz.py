@@ -247,10 +247,7 @@ def _within(steps: list[Step], max_products: int) -> list[Step]:
 
 
 def _in_dtype(steps: list[Step], dtype: torch.dtype) -> list[Step]:
-    return [
-        Step(s.degree, {k: c.to(dtype) for k, c in s.coefficients.items()}, s.predicted)
-        for s in steps
-    ]
+    return [Step(s.degree, {k: c.to(dtype) for k, c in s.coefficients.items()}) for s in steps]
 
 
 def _cholesky_inverse64(A: Tensor, chosen: Tensor) -> Tensor:

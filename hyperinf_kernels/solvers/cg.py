@@ -34,7 +34,8 @@ class CG(FlatSolver):
     Args:
         damping: as for every solver.
         iterations: steps at most.
-        tol: stop a row once its ||v - w A|| / ||v|| is below.
+        tol: stop a row once its ||v - w A|| / ||v|| is below. The report judges the rounded W, so
+            there a residual of 1e-3 counts as converged.
     """
 
     method = "cg"
