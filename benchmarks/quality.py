@@ -1,6 +1,6 @@
 """Quality tables on the papers' own data: `python -m benchmarks.quality sentences math sst2`.
 
-Reads the data folder named by HYPERINF_DATA (default ../shared/data). Each table is one `hyperinf`
+Reads the data folder named by HYPERINF_DATA (default: data). Each table is one `hyperinf`
 command, printed before it runs; its figures go to benchmarks/results/quality-NAME.csv.
 """
 
@@ -72,7 +72,7 @@ def write(name: str, document: dict[str, Any]) -> Path:
 
 def main() -> None:
     """Run the tables named on the command line, all of them by default."""
-    data = Path(os.environ.get("HYPERINF_DATA", "../shared/data"))
+    data = Path(os.environ.get("HYPERINF_DATA", "data"))
     if not data.is_dir():
         sys.exit(f"no data folder at {data}: set HYPERINF_DATA to the folder of the JSONL files")
     for name in sys.argv[1:] or TABLES:

@@ -32,7 +32,7 @@ def lora_model() -> tuple[nn.Module, Any]:
 
 def sentence_rows(train: int, query: int) -> tuple[str, list[Row], list[Row]]:
     """The sentence set of the papers where it is at hand, generated sentences elsewhere."""
-    data = Path(os.environ.get("HYPERINF_DATA", "../shared/data"))
+    data = Path(os.environ.get("HYPERINF_DATA", "data"))
     files = [data / f"sentence_transformations.{part}.jsonl" for part in ("train", "test")]
     if all(file.exists() for file in files):
         rows, queries = map(read_rows, files)
