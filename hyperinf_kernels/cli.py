@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 from typing import NoReturn
 
@@ -22,6 +23,8 @@ def main() -> None:
             print(json.dumps(collect(), indent=1) if "--json" in sys.argv else as_text())
             return
         _fail(f"the command line needs {', '.join(missing)}: pip install 'hyperinf_kernels[cli]'")
+    # tqdm reads its environment when torch imports it; the bars are the commands' own
+    os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         from .commands import app
 

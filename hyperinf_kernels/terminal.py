@@ -25,8 +25,6 @@ NAMES = {
 def quiet_libraries() -> None:
     """Keep the libraries' own bars, advice and deprecation notes out of the way."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # tqdm reads its environment when it is first imported
-    os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("transformers").setLevel(logging.ERROR)

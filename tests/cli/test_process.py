@@ -58,6 +58,22 @@ def test_stderr_is_one_line_whatever_the_libraries_say(
     assert os.listdir(tmp_path) == []
 
 
+def test_bars_of_libraries_are_off() -> None:
+    program = (
+        "import contextlib, sys; sys.argv = ['hyperinf', '--help']\n"
+        "from hyperinf_kernels import cli\n"
+        "with contextlib.suppress(SystemExit): cli.main()\n"
+        "from tqdm.auto import tqdm\n"
+        "print('disabled', tqdm(range(2)).disable)"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TQDM_DISABLE"}
+    ran = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT,
+        env=environment,
+    )  # fmt: skip
+    assert ran.stdout.endswith("disabled True\n")
+
+
 def terminal_text(handle: int) -> Iterator[str]:
     """What has come to a terminal so far, again after every piece, until it is closed."""
     text = ""
