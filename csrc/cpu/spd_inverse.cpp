@@ -2,30 +2,18 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <memory>
-#include <new>
 #include <tuple>
 
 #include "cpu/checks.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
+#include "cpu/scratch.h"
 
 namespace hyperinf {
 
 using torch::stable::Tensor;
 
 namespace {
-
-constexpr std::align_val_t kVectorAlignment{64};
-
-struct Free {
-  void operator()(float* p) const { ::operator delete(p, kVectorAlignment); }
-};
-
-std::unique_ptr<float, Free> aligned_floats(int64_t count) {
-  const size_t bytes = static_cast<size_t>(count) * sizeof(float);
-  return std::unique_ptr<float, Free>(static_cast<float*>(::operator new(bytes, kVectorAlignment)));
-}
 
 // The packed lower triangle and four spare rows, for every lane.
 int64_t scratch_floats(int64_t d, int64_t lanes) {

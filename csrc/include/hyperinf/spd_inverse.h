@@ -130,8 +130,9 @@ static inline void read_lanes(const LanesArgs& a, const Triangle& A, int padded)
       const int64_t s = a.matrix_stride;
       int j = 0;
       for (; j + 4 <= i + 1; j += 4)
-        transpose4(load4(m + j), load4(m + s + j), load4(m + 2 * s + j), load4(m + 3 * s + j),
-                   reinterpret_cast<float*>(row + j) + l, kLanes);
+        transpose4<float>(load4<float>(m + j), load4<float>(m + s + j), load4<float>(m + 2 * s + j),
+                          load4<float>(m + 3 * s + j), reinterpret_cast<float*>(row + j) + l,
+                          kLanes);
       for (; j <= i; ++j)
         for (int q = 0; q < 4; ++q) row[j][l + q] = m[q * s + j];
     }
@@ -153,8 +154,8 @@ static inline void write_lanes(const LanesArgs& a, const Triangle& A) {
       float* out = a.inverses + l * area + static_cast<int64_t>(i) * a.d;
       int j = 0;
       for (; j + 4 <= a.d; j += 4)
-        transpose4(load4(at(j) + l), load4(at(j + 1) + l), load4(at(j + 2) + l),
-                   load4(at(j + 3) + l), out + j, area);
+        transpose4<float>(load4<float>(at(j) + l), load4<float>(at(j + 1) + l),
+                          load4<float>(at(j + 2) + l), load4<float>(at(j + 3) + l), out + j, area);
       for (; j < a.d; ++j)
         for (int q = 0; q < 4; ++q) out[q * area + j] = at(j)[l + q];
     }
