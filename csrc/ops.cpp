@@ -19,8 +19,10 @@ STABLE_TORCH_LIBRARY(hyperinf, m) {
       "pairwise_dot(Tensor delta1, Tensor act1, Tensor delta2, Tensor act2, bool ghost) -> Tensor");
   // A (b, d, d) fp32, d <= 128, start (b), coefficients (b, steps, 8) fp32 -> X (b, d, d)
   m.def("schulz(Tensor A, Tensor start, Tensor coefficients, int[] degrees) -> Tensor");
-  // A (b, d, d) fp32, d <= 128 -> inverse (b, d, d) and LAPACK's info (b) int32
-  m.def("spd_inverse(Tensor A) -> (Tensor, Tensor)");
+  // A (b, d, d) fp32, d <= 128 -> inverse (b, d, d) and LAPACK's info (b) int32. With `check` the
+  // upper triangle is read too, and info is -1 for a matrix that is not symmetric to 1e-3 of its
+  // largest entry, or not finite, or whose inverse is not
+  m.def("spd_inverse(Tensor A, bool check=False) -> (Tensor, Tensor)");
 }
 
 namespace {

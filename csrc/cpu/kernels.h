@@ -87,9 +87,12 @@ struct LanesArgs {
   int64_t matrix_stride;
   int64_t row_stride;
   int64_t count;
+  int64_t ahead;  // matrices of the next group, which follow these: fetched meanwhile
   int d;
+  bool check;       // also read the upper triangle
   float* inverses;  // (count, d, d), contiguous
-  int32_t* info;    // (count), LAPACK's: 0, or the order of the first minor that is not positive
+  int32_t* info;    // (count), LAPACK's: 0, or the order of the first minor that is not positive;
+                    // -1 from a check: not symmetric, or not finite before or after
   float* scratch;   // aligned to 64 bytes
 };
 constexpr int64_t kMaxSide = 128;

@@ -37,8 +37,7 @@ static Tensor schulz(const Tensor& A, const Tensor& start, const Tensor& coeffic
   if (batch == 0 || d == 0) return X;
 
   const Kernels& table = kernels();
-  const int64_t padded = (d + table.lanes - 1) / table.lanes * table.lanes;
-  const int64_t each = kSchulzBuffers * d * padded;
+  const int64_t each = kSchulzBuffers * d * kMaxSide;
   const auto scratch = aligned_floats(worker_count(batch) * each);
   const auto* a = static_cast<const float*>(A.const_data_ptr());
   const auto* x0 = static_cast<const float*>(start.const_data_ptr());

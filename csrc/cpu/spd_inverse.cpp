@@ -21,7 +21,7 @@ int64_t scratch_floats(int64_t d, int64_t lanes) {
   return (tiles * (tiles + 1) / 2 * 16 + 16 * tiles) * lanes;
 }
 
-std::tuple<Tensor, Tensor> spd_inverse(const Tensor& A) {
+std::tuple<Tensor, Tensor> spd_inverse(const Tensor& A, bool check) {
   check_dims("A", A, 3);
   check_float("A", A);
   const int64_t batch = A.size(0), d = A.size(1);
@@ -40,11 +40,17 @@ std::tuple<Tensor, Tensor> spd_inverse(const Tensor& A) {
   const auto* from = static_cast<const float*>(A.const_data_ptr());
   auto* to = static_cast<float*>(inverse.mutable_data_ptr());
   auto* failed = static_cast<int32_t*>(info.mutable_data_ptr());
-  for_each_item(groups, [&](int64_t group, int64_t worker) {
-    const int64_t first = group * lanes;
-    table.spd_inverse_lanes({from + first * A.stride(0), A.stride(0), A.stride(1),
-                             std::min(lanes, batch - first), static_cast<int>(d),
-                             to + first * d * d, failed + first, scratch.get() + worker * each});
+  // a few groups in a row, so that each can fetch the next one
+  const int64_t run = std::clamp<int64_t>(groups / 16, 1, 4);
+  for_each_item((groups + run - 1) / run, [&](int64_t item, int64_t worker) {
+    const int64_t end = std::min(groups, (item + 1) * run);
+    for (int64_t group = item * run; group < end; ++group) {
+      const int64_t first = group * lanes, count = std::min(lanes, batch - first);
+      const int64_t ahead = group + 1 < end ? std::min(lanes, batch - first - count) : 0;
+      table.spd_inverse_lanes({from + first * A.stride(0), A.stride(0), A.stride(1), count, ahead,
+                               static_cast<int>(d), check, to + first * d * d, failed + first,
+                               scratch.get() + worker * each});
+    }
   });
   return {inverse, info};
 }

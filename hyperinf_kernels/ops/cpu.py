@@ -204,8 +204,9 @@ def _refuse_spd_inverse(metas: tuple[TensorMeta, ...]) -> str | None:
 
 @implements("spd_inverse", "cpu", _refuse_spd_inverse)
 def spd_inverse(A: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverses, and LAPACK's info: -1 for what the face refuses, tested while A is in cache."""
     flat = A.reshape(math.prod(A.shape[:-2]), *A.shape[-2:])
     if flat.stride(-1) != 1:
         flat = flat.contiguous()
-    inverse, info = torch.ops.hyperinf.spd_inverse(flat)
+    inverse, info = torch.ops.hyperinf.spd_inverse(flat, True)
     return inverse.reshape(A.shape), info.reshape(A.shape[:-2])

@@ -45,5 +45,5 @@ def schulz(A: Tensor, start: Tensor, coefficients: Tensor, degrees: list[int]) -
 
 
 @torch.library.register_fake("hyperinf::spd_inverse")  # type: ignore[untyped-decorator]
-def spd_inverse(A: Tensor) -> tuple[Tensor, Tensor]:
+def spd_inverse(A: Tensor, check: bool = False) -> tuple[Tensor, Tensor]:
     return A.new_empty(A.shape), A.new_empty(A.shape[:1], dtype=torch.int32)

@@ -48,26 +48,23 @@ static inline void transpose4(Four r0, Four r1, Four r2, Four r3, S* to, int64_t
 template <int W, class T, class S>
 static inline void pack_sliver(const Strided<T>& from, int64_t rows, int64_t depth, S* to) {
   static_assert(W % 4 == 0);
-  int64_t k = 0;
-  if (rows == W && from.row_stride == 1) {
-    for (; k < depth; ++k) {
-      const T* line = from.data + k * from.depth_stride;
-      for (int i = 0; i < W; ++i) to[k * W + i] = widen(line[i]);
-    }
-  } else if (rows == W && from.depth_stride == 1) {
-    for (; k + 4 <= depth; k += 4)
-      for (int i = 0; i < W; i += 4) {
-        const T* p = from.data + i * from.row_stride + k;
-        const int64_t s = from.row_stride;
-        transpose4<S>(load4<S>(p), load4<S>(p + s), load4<S>(p + 2 * s), load4<S>(p + 3 * s),
-                      to + k * W + i, W);
-      }
+  const int64_t rs = from.row_stride, ds = from.depth_stride;
+  if (rows == W && rs == 1) {
+    for (int64_t k = 0; k < depth; ++k)
+      for (int i = 0; i < W; ++i) to[k * W + i] = widen(from.data[k * ds + i]);
+    return;
   }
-  for (; k < depth; ++k)
-    for (int i = 0; i < W; ++i)
-      to[k * W + i] =
-          i < rows ? static_cast<S>(widen(from.data[i * from.row_stride + k * from.depth_stride]))
-                   : S{0};
+  for (int64_t i = 0; i < W; i += 4) {
+    const T* p = from.data + i * rs;
+    int64_t k = 0;
+    if (i + 4 <= rows && ds == 1)
+      for (; k + 4 <= depth; k += 4)
+        transpose4<S>(load4<S>(p + k), load4<S>(p + rs + k), load4<S>(p + 2 * rs + k),
+                      load4<S>(p + 3 * rs + k), to + k * W + i, W);
+    for (; k < depth; ++k)
+      for (int64_t r = i; r < i + 4; ++r)
+        to[k * W + r] = r < rows ? static_cast<S>(widen(from.data[r * rs + k * ds])) : S{0};
+  }
 }
 
 // `rows` rows as slivers of W, one after another.
