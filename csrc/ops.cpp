@@ -7,10 +7,22 @@
 STABLE_TORCH_LIBRARY(hyperinf, m) {
   // V (b, m, D) fp32, G (b, n, D) fp32 or bf16 with unit column stride, damping (b) fp32
   m.def("sherman_morrison(Tensor V, Tensor G, Tensor damping) -> Tensor");
-  // C (b, n1, n2) fp32 += alpha X Y^T, X (b, n1, D), Y (b, n2, D) fp32 or bf16; no Y means X
+  // C (b, n1, n2) += alpha X Y^T, X (b, n1, D), Y (b, n2, D) fp32 or bf16; no Y means X. C is fp32,
+  // or fp64: then sums are fp64 and rows may be too
   m.def("gram_accumulate_(Tensor(a!) C, Tensor X, Tensor? Y, float alpha) -> ()");
-  // A (b, d, d) fp32, d <= 128 -> inverse (b, d, d) and LAPACK's info (b) int32
-  m.def("spd_inverse(Tensor A) -> (Tensor, Tensor)");
+  // delta (b, T, O), act (b, T, I), both fp32 or both bf16 with unit column stride
+  m.def("per_sample_grad(Tensor delta, Tensor act) -> Tensor");
+  m.def("per_sample_norm_sq(Tensor delta, Tensor act, bool ghost) -> Tensor");
+  // V (m, O, I) fp32, contiguous -> (b, m)
+  m.def("per_sample_dot(Tensor delta, Tensor act, Tensor V) -> Tensor");
+  m.def(
+      "pairwise_dot(Tensor delta1, Tensor act1, Tensor delta2, Tensor act2, bool ghost) -> Tensor");
+  // A (b, d, d) fp32, d <= 128, start (b), coefficients (b, steps, 8) fp32 -> X (b, d, d)
+  m.def("schulz(Tensor A, Tensor start, Tensor coefficients, int[] degrees) -> Tensor");
+  // A (b, d, d) fp32, d <= 128 -> inverse (b, d, d) and LAPACK's info (b) int32. With `check` the
+  // upper triangle is read too, and info is -1 for a matrix that is not symmetric to 1e-3 of its
+  // largest entry, or not finite, or whose inverse is not
+  m.def("spd_inverse(Tensor A, bool check=False) -> (Tensor, Tensor)");
 }
 
 namespace {

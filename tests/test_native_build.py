@@ -138,8 +138,15 @@ OPS = {
     "sherman_morrison": lambda: (random(2, 3, 9), random(2, 5, 9), torch.tensor([0.5, 2.0])),
     "gram_accumulate_": lambda: (random(2, 5, 7), random(2, 5, 9), random(2, 7, 9), 0.5),
     "spd_inverse": lambda: (torch.eye(5) + random(3, 5, 1) * random(3, 5, 1).mT,),
+    "per_sample_grad": lambda: (random(2, 5, 3), random(2, 5, 9)),
+    "per_sample_norm_sq": lambda: (random(2, 5, 3), random(2, 5, 9), True),
+    "per_sample_dot": lambda: (random(2, 5, 3), random(2, 5, 9), random(4, 3, 9)),
+    "pairwise_dot": lambda: (random(2, 5, 3), random(2, 5, 9), random(4, 6, 3), random(4, 6, 9),
+                             False),
+    "schulz": lambda: (random(2, 5, 5), torch.ones(2), random(2, 3, 8), [2, 3, 9]),
+    "gram_accumulate_ in fp64": lambda: (random(2, 5, 5).double(), random(2, 5, 9), None, 0.5),
     "gram_accumulate_ of one set": lambda: (random(2, 5, 5), random(2, 5, 9), None, 0.5),
-}
+}  # fmt: skip
 
 
 @needs_kernels
@@ -150,8 +157,22 @@ def test_schema_fake_and_tracing_agree_with_the_kernel(op: str) -> None:
 
 @needs_kernels
 @pytest.mark.parametrize("op", OPS)
+def test_autocast_changes_nothing(op: str) -> None:
+    # the inputs' dtypes decide, and sums are fp32 or wider
+    function = getattr(torch.ops.hyperinf, op.split()[0])
+    plain_args, cast_args = OPS[op](), OPS[op]()
+    plain = function(*plain_args)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = function(*cast_args)
+    torch.testing.assert_close(cast, plain, rtol=0, atol=0)
+    torch.testing.assert_close(cast_args, plain_args, rtol=0, atol=0)
+
+
+@needs_kernels
+@pytest.mark.parametrize("op", OPS)
 def test_compiled_graphs_take_the_op_whole(op: str) -> None:
     function = getattr(torch.ops.hyperinf, op.split()[0])
+    torch.compiler.reset()
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
     eager_args, graph_args = OPS[op](), OPS[op]()
     eager, graph = function(*eager_args), compiled(*graph_args)

@@ -160,18 +160,65 @@ def test_bits_do_not_depend_on_threads() -> None:
     ("args", "message"),
     [
         ((torch.zeros(3, 3), torch.zeros(1, 3, 4), None), "C must have 3 dimensions"),
-        ((torch.zeros(1, 3, 3).double(), torch.zeros(1, 3, 4), None), "C must be fp32"),
+        ((torch.zeros(1, 3, 3).half(), torch.zeros(1, 3, 4), None), "C must be fp32 or fp64"),
+        ((torch.zeros(1, 3, 3), torch.zeros(1, 3, 4).double(), None), "X must be fp32 or bf16"),
+        ((torch.zeros(1, 1, 3).expand(1, 3, 3), torch.zeros(1, 3, 4), None), "C overlaps itself"),
         ((torch.zeros(1, 3, 3), torch.zeros(1, 3, 4).half(), None), "X must be fp32 or bf16"),
         ((torch.zeros(1, 3, 2), torch.zeros(1, 3, 4), torch.zeros(1, 2, 5)), "must agree"),
         ((torch.zeros(1, 3, 2), torch.zeros(1, 3, 4), None), "must agree"),
         ((torch.zeros(1, 3, 2), torch.zeros(1, 3, 4), torch.zeros(1, 2, 4).bfloat16()),
          "one dtype"),
     ],
-    ids=["dims", "fp64 sum", "fp16 rows", "depths", "square", "mixed"],
+    ids=["dims", "fp16 sum", "fp64 rows", "expanded sum", "fp16 rows", "depths", "square", "mixed"],
 )  # fmt: skip
 def test_the_raw_op_refuses_what_it_cannot_read(args: tuple, message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
         torch.ops.hyperinf.gram_accumulate_(*args, 1.0)
+
+
+def test_a_sum_may_not_lie_in_the_memory_of_its_rows() -> None:
+    buffer = random(50, 90)
+    C, X = buffer[:, :50], buffer[:, 50:]
+    with pytest.raises(RuntimeError, match="C must not overlap X"):
+        add(C, X, None, 1.0)
+    # the face reads the rows first, wherever they lie
+    before = buffer.clone()
+    with on_cpu_kernels("gram_accumulate_"):
+        hk.gram_accumulate_(C, X)
+    assert_sum(C, before[:, :50], before[:, 50:], before[:, 50:])
+
+
+# fp64 sums round as numpy's: each product of fp32 numbers is exact in fp64
+FLOOR64 = 16 * np.finfo(np.float64).eps
+
+
+@pytest.mark.parametrize("dtype", [*BOTH, pytest.param(torch.float64, id="fp64")])
+@pytest.mark.parametrize(("rows", "depth"), [(33, 1), (40, 129), (191, 70), (193, 2100), (400, 65)])
+def test_sums_in_fp64_lose_nothing_of_the_rows(rows: int, depth: int, dtype: torch.dtype) -> None:
+    X, Y = random(rows, depth, dtype=dtype), random(45, depth, dtype=dtype, seed=1)
+    for other in (None, Y):
+        right = X if other is None else other
+        before = random(rows, len(right), seed=2, dtype=torch.float64)
+        C = add(before.clone(), X, other, 0.5)
+        expected = f64(before) + 0.5 * (f64(X) @ f64(right).T)
+        scale = np.abs(f64(before)) + 0.5 * (np.abs(f64(X)) @ np.abs(f64(right)).T)
+        assert (np.abs(f64(C) - expected) / scale).max() <= FLOOR64
+
+
+def test_an_fp64_sum_shows_a_direction_that_fp32_sums_bury() -> None:
+    # one direction of size 1e-5 beside others of size 1: fp32 sums carry noise of 1e-7 of the
+    # largest entry, a thousand times the eigenvalue 1e-10
+    basis = np.linalg.qr(random(40, 40, dtype=torch.float64).numpy())[0]
+    scales = np.ones(40)
+    scales[0] = 1e-5
+    X = torch.from_numpy(random(3000, 40, dtype=torch.float64).numpy() * scales @ basis)
+    X = X.float()
+    C = hk.gfim_accumulate_(torch.zeros(40, 40).double(), X.unsqueeze(1), alpha=1 / 3000)
+    low = np.linalg.eigvalsh(f64(C))[0]
+    expected = np.linalg.eigvalsh(f64(X).T @ f64(X) / 3000)[0]
+    assert low == pytest.approx(expected, rel=1e-3)
+    narrow = hk.gfim_accumulate_(torch.zeros(40, 40), X.unsqueeze(1), alpha=1 / 3000)
+    assert abs(np.linalg.eigvalsh(f64(narrow))[0] - expected) > 10 * expected
 
 
 # --- the public faces ---------------------------------------------------------------------------
@@ -217,11 +264,11 @@ def test_gfim(lead: tuple[int, ...], factors: bool, side: str, dtype: torch.dtyp
 @pytest.mark.parametrize(
     ("total", "rows", "reason"),
     [
-        (torch.zeros(40, 40).double(), random(40, 5), "takes float32, not float64"),
+        (torch.zeros(40, 40), random(40, 5).double(), "takes float32 and bfloat16, not float64"),
         (torch.zeros(40, 40), random(40, 5).half(), "takes float32 and bfloat16, not float16"),
         (torch.zeros(31, 31), random(31, 5), "below 32 on a side"),
     ],
-    ids=["fp64 sum", "fp16 rows", "small"],
+    ids=["fp64 rows", "fp16 rows", "small"],
 )
 def test_what_the_kernel_does_not_take_runs_in_torch_with_the_reason(
     total: torch.Tensor, rows: torch.Tensor, reason: str

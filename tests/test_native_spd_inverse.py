@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -123,6 +124,56 @@ def test_only_the_lower_triangle_is_read() -> None:
     X, _ = run(A)
     upper = A.masked_fill(torch.ones(11, 11).triu(1).bool(), torch.nan)
     assert torch.equal(run(upper)[0], X)
+
+
+@pytest.mark.parametrize("place", [0, 14, 16, 20])
+@pytest.mark.parametrize("d", [2, 5, 9, 33])
+def test_a_check_marks_what_is_not_symmetric_or_not_finite(d: int, place: int) -> None:
+    A = spd(21, d)
+    X, info = torch.ops.hyperinf.spd_inverse(A, True)
+    assert not info.any()
+    assert torch.equal(X, run(A)[0])
+    largest = A[place].abs().max()
+    for i, j, value in (
+        (0, d - 1, A[place, 0, d - 1] + 1.01e-3 * largest), (d - 2, d - 1, torch.tensor(torch.nan)),
+        (0, d - 1, torch.tensor(torch.inf)), (d - 1, d - 1, torch.tensor(torch.inf)),
+    ):  # fmt: skip
+        B = A.clone()
+        B[place, i, j] = value
+        assert torch.ops.hyperinf.spd_inverse(B, True)[1].nonzero().tolist() == [[place]], (i, j)
+    close = A.clone()
+    close[place, 0, d - 1] += 0.99e-3 * largest
+    assert not torch.ops.hyperinf.spd_inverse(close, True)[1].any()
+
+
+def test_a_check_marks_an_inverse_beyond_fp32() -> None:
+    A = spd(5, 4)
+    A[3] = torch.diag(torch.tensor([1.0, 1.0, 1e-39, 1.0]))
+    info = torch.ops.hyperinf.spd_inverse(A, True)[1]
+    assert info.nonzero().tolist() == [[3]]
+    with pytest.raises(ValueError, match=r"inverse of A\[3\] overflows"):
+        hk.spd_inverse(A)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda A: A[4, 2].__setitem__(5, torch.nan), r"A\[4\] holds NaN or inf \(1 of 6"),
+        (lambda A: A[4, 5].__setitem__(2, torch.inf), r"A\[4\] holds NaN or inf \(1 of 6"),
+        (lambda A: A[4, 2].__setitem__(2, 0.0), r"A\[4\] .* diagonal entry that is not positive"),
+        (lambda A: A[4, 2].__setitem__(5, 3.0), "A must be symmetric"),
+        (lambda A: A[4].sub_(2 * torch.eye(8)).diagonal().fill_(0.01), r"A\[4\] .* fp64"),
+    ],
+    ids=["nan", "inf", "diagonal", "symmetry", "indefinite"],
+)
+def test_the_face_refuses_by_name(spoil: Callable[[torch.Tensor], None], message: str) -> None:
+    A = spd(6, 8)
+    spoil(A)
+    with (
+        on_cpu_kernels("spd_inverse") if "fp64" not in message else nullcontext(),
+        pytest.raises(ValueError, match=message),
+    ):
+        hk.spd_inverse(A)
 
 
 VIEWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

@@ -6,7 +6,7 @@
 
 namespace hyperinf {
 
-enum class RowType { kFloat, kBf16 };
+enum class RowType { kFloat, kBf16, kDouble };
 
 // One slab of training rows for a few queries of `sherman_morrison`.
 struct SlabArgs {
@@ -35,12 +35,51 @@ struct GramArgs {
   int64_t cols;
   int64_t depth;
   bool diagonal;  // x is y: only entries on or above the diagonal are wanted
-  float* tile;    // (kGramTile, kGramTile), written
-  float* panels;  // scratch of kGramPanels floats
+  void* tile;     // (kGramTile, kGramTile) floats or doubles, written
+  void* panels;   // scratch of kGramPanels floats or doubles
 };
+// tile and depth of the packed panels, which stay in cache: for sums in float, in double
+template <class Acc>
 constexpr int64_t kGramTile = 384;
-constexpr int64_t kGramDepth = 192;  // depth of the packed panels, which stay in cache
-constexpr int64_t kGramPanels = 2 * kGramTile * kGramDepth;
+template <>
+inline constexpr int64_t kGramTile<double> = 192;
+template <class Acc>
+constexpr int64_t kGramDepth = 192;
+template <>
+inline constexpr int64_t kGramDepth<double> = 128;
+template <class Acc>
+constexpr int64_t kGramPanels = 2 * kGramTile<Acc> * kGramDepth<Acc>;
+
+// thin^T wide of one sample: the gradient of a layer with one thin side.
+struct ThinArgs {
+  RowType type;
+  const void* thin;  // (tokens, thin_columns), unit column stride
+  int64_t thin_stride;
+  int64_t thin_columns;  // at most kMostThin
+  const void* wide;      // (tokens, wide_columns), unit column stride
+  int64_t wide_stride;
+  int64_t wide_columns;  // at most kThinColumns
+  int64_t tokens;
+  float* out;  // (kMostThin, kThinColumns), written
+};
+constexpr int64_t kMostThin = 16;
+constexpr int64_t kThinColumns = 1024;
+
+// All Schulz steps of one matrix, X = start I at first.
+struct SchulzArgs {
+  const float* matrix;  // (d, d), any strides
+  int64_t row_stride;
+  int64_t column_stride;
+  int d;
+  float start;
+  const int64_t* degrees;     // (steps): 2, 3, 5 or 9
+  const float* coefficients;  // (steps, kCoefficients) in the order of the schedule
+  int64_t steps;
+  float* result;   // (d, d), contiguous
+  float* scratch;  // kSchulzBuffers padded matrices, aligned to 64 bytes
+};
+constexpr int64_t kCoefficients = 8;
+constexpr int64_t kSchulzBuffers = 9;
 
 // One group of symmetric positive definite matrices, at most one per lane.
 struct LanesArgs {
@@ -48,9 +87,12 @@ struct LanesArgs {
   int64_t matrix_stride;
   int64_t row_stride;
   int64_t count;
+  int64_t ahead;  // matrices of the next group, which follow these: fetched meanwhile
   int d;
+  bool check;       // also read the upper triangle
   float* inverses;  // (count, d, d), contiguous
-  int32_t* info;    // (count), LAPACK's: 0, or the order of the first minor that is not positive
+  int32_t* info;    // (count), LAPACK's: 0, or the order of the first minor that is not positive;
+                    // -1 from a check: not symmetric, or not finite before or after
   float* scratch;   // aligned to 64 bytes
 };
 constexpr int64_t kMaxSide = 128;
@@ -58,7 +100,12 @@ constexpr int64_t kMaxSide = 128;
 struct Kernels {
   int64_t lanes;
   void (*sherman_morrison_slab)(const SlabArgs&);
-  void (*gram_tile)(const GramArgs&);
+  void (*gram_tile)(const GramArgs&);    // sums in float, rows fp32 or bf16
+  void (*gram_tile64)(const GramArgs&);  // sums in double, rows fp32, bf16 or fp64
+  void (*thin_product)(const ThinArgs&);
+  double (*block_dot)(const float* x, int64_t x_stride, const float* y, int64_t y_stride,
+                      int64_t rows, int64_t columns);
+  void (*schulz)(const SchulzArgs&);
   void (*spd_inverse_lanes)(const LanesArgs&);
 };
 

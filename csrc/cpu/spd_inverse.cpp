@@ -2,13 +2,12 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <memory>
-#include <new>
 #include <tuple>
 
 #include "cpu/checks.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
+#include "cpu/scratch.h"
 
 namespace hyperinf {
 
@@ -16,24 +15,13 @@ using torch::stable::Tensor;
 
 namespace {
 
-constexpr std::align_val_t kVectorAlignment{64};
-
-struct Free {
-  void operator()(float* p) const { ::operator delete(p, kVectorAlignment); }
-};
-
-std::unique_ptr<float, Free> aligned_floats(int64_t count) {
-  const size_t bytes = static_cast<size_t>(count) * sizeof(float);
-  return std::unique_ptr<float, Free>(static_cast<float*>(::operator new(bytes, kVectorAlignment)));
-}
-
 // The packed lower triangle and four spare rows, for every lane.
 int64_t scratch_floats(int64_t d, int64_t lanes) {
   const int64_t tiles = (d + 3) / 4;
   return (tiles * (tiles + 1) / 2 * 16 + 16 * tiles) * lanes;
 }
 
-std::tuple<Tensor, Tensor> spd_inverse(const Tensor& A) {
+std::tuple<Tensor, Tensor> spd_inverse(const Tensor& A, bool check) {
   check_dims("A", A, 3);
   check_float("A", A);
   const int64_t batch = A.size(0), d = A.size(1);
@@ -52,11 +40,17 @@ std::tuple<Tensor, Tensor> spd_inverse(const Tensor& A) {
   const auto* from = static_cast<const float*>(A.const_data_ptr());
   auto* to = static_cast<float*>(inverse.mutable_data_ptr());
   auto* failed = static_cast<int32_t*>(info.mutable_data_ptr());
-  for_each_item(groups, [&](int64_t group, int64_t worker) {
-    const int64_t first = group * lanes;
-    table.spd_inverse_lanes({from + first * A.stride(0), A.stride(0), A.stride(1),
-                             std::min(lanes, batch - first), static_cast<int>(d),
-                             to + first * d * d, failed + first, scratch.get() + worker * each});
+  // a few groups in a row, so that each can fetch the next one
+  const int64_t run = std::clamp<int64_t>(groups / 16, 1, 4);
+  for_each_item((groups + run - 1) / run, [&](int64_t item, int64_t worker) {
+    const int64_t end = std::min(groups, (item + 1) * run);
+    for (int64_t group = item * run; group < end; ++group) {
+      const int64_t first = group * lanes, count = std::min(lanes, batch - first);
+      const int64_t ahead = group + 1 < end ? std::min(lanes, batch - first - count) : 0;
+      table.spd_inverse_lanes({from + first * A.stride(0), A.stride(0), A.stride(1), count, ahead,
+                               static_cast<int>(d), check, to + first * d * d, failed + first,
+                               scratch.get() + worker * each});
+    }
   });
   return {inverse, info};
 }

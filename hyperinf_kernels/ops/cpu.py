@@ -5,19 +5,24 @@ Autocast does not change them: the inputs' dtypes decide, and sums are fp32.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from . import reference
 from .dispatch import TensorMeta, implements
+from .schedule import FREE_FIRST_STEP, PRODUCTS, Step
 
 ROWS = (torch.float32, torch.bfloat16)
+SUMS = (torch.float32, torch.float64)
 # measured: below these sizes torch's own products are as fast or faster
 LEAST_SIDE = 32
 LARGEST_SIDE, LARGEST_ALONE = 128, 64
 MANY_QUERIES, SHORT_ROWS = 32, 1024
+COEFFICIENTS = 8
 
 
 def _unsupported(metas: tuple[TensorMeta, ...], dtypes: tuple[torch.dtype, ...]) -> str | None:
@@ -57,15 +62,18 @@ def _refuse_sums(metas: tuple[TensorMeta, ...]) -> str | None:
     total, *rows = metas
     if min(total.shape[-2:]) < LEAST_SIDE:
         return f"sums below {LEAST_SIDE} on a side are as fast in torch"
-    return _unsupported((total,), (torch.float32,)) or _unsupported(tuple(rows), ROWS)
+    # fp64 sums take fp64 rows too, and lose nothing of fp32 ones
+    wide = total.dtype == torch.float64
+    return _unsupported((total,), SUMS) or _unsupported(
+        tuple(rows), (*ROWS, torch.float64) if wide else ROWS
+    )
 
 
 @implements("gram_accumulate_", "cpu", _refuse_sums)
 def gram_accumulate_(K: Tensor, G1: Tensor, G2: Tensor) -> Tensor:
     if G1 is G2:
         return _add_products(K, G1, None, 1.0)
-    if G1.dtype != G2.dtype:
-        G1, G2 = G1.float(), G2.float()
+    G1, G2 = _alike(G1, G2)
     return _add_products(K, G1, G2, 1.0)
 
 
@@ -78,16 +86,25 @@ def gfim_accumulate_(
         stack = reference.samples(grads if side == "cols" else grads.mT, lead, 1)
         return _add_products(C, stack.mT, None, alpha)
     delta, act = (reference.samples(t, lead, 2) for t in (grads, act))
+    form = (
+        reference.per_sample_grad if torch.float64 in (delta.dtype, act.dtype) else per_sample_grad
+    )
     for part in reference.slices(delta.shape[-3], delta.shape[-1] * act.shape[-1]):
-        formed = reference.per_sample_grad(delta[..., part, :, :], act[..., part, :, :])
+        formed = form(delta[..., part, :, :], act[..., part, :, :])
         gfim_accumulate_(C, formed, side=side, alpha=alpha)
     return C
+
+
+def _alike(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the narrowest dtype that holds all of them."""
+    dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
+    return tuple(t.to(dtype) for t in tensors)
 
 
 def _add_products(C: Tensor, X: Tensor, Y: Tensor | None, alpha: float) -> Tensor:
     """C (..., n1, n2) += alpha X Y^T; without Y, X X^T."""
     batch = math.prod(C.shape[:-2])
-    rows = [None if t is None else t.reshape(batch, *t.shape[-2:]) for t in (X, Y)]
+    rows = [None if t is None else _apart(C, t).reshape(batch, *t.shape[-2:]) for t in (X, Y)]
     try:
         total = C.view(batch, *C.shape[-2:])
     except RuntimeError:
@@ -97,6 +114,83 @@ def _add_products(C: Tensor, X: Tensor, Y: Tensor | None, alpha: float) -> Tenso
         return C.add_(total.view(C.shape))
     torch.ops.hyperinf.gram_accumulate_(total, *rows, alpha)
     return C
+
+
+def _apart(out: Tensor, tensor: Tensor) -> Tensor:
+    """`tensor`, copied if it shares storage with `out`: it is read before `out` is written."""
+    shared = out.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+    return tensor.clone() if shared else tensor
+
+
+def _refuse_factors(metas: tuple[TensorMeta, ...]) -> str | None:
+    return _unsupported(metas, ROWS)
+
+
+def _factors(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """(..., T, features) as (b, T, features) of one dtype, with unit column stride."""
+    flat = (t.reshape(math.prod(t.shape[:-2]), *t.shape[-2:]) for t in _alike(*tensors))
+    return tuple(t if t.shape[-1] <= 1 or t.stride(-1) == 1 else t.contiguous() for t in flat)
+
+
+@implements("per_sample_grad", "cpu", _refuse_factors)
+def per_sample_grad(delta: Tensor, act: Tensor) -> Tensor:
+    grads = torch.ops.hyperinf.per_sample_grad(*_factors(delta, act))
+    return grads.reshape(*delta.shape[:-2], *grads.shape[-2:])
+
+
+@implements("per_sample_norm_sq", "cpu", _refuse_factors)
+def per_sample_norm_sq(delta: Tensor, act: Tensor, ghost: bool) -> Tensor:
+    norms = torch.ops.hyperinf.per_sample_norm_sq(*_factors(delta, act), ghost)
+    return norms.reshape(delta.shape[:-2])
+
+
+@implements("per_sample_dot", "cpu", _refuse_factors)
+def per_sample_dot(delta: Tensor, act: Tensor, V: Tensor, ghost: bool) -> Tensor:
+    # a tile of g costs as much as its ghost, stays in cache and serves every V: so both methods
+    # run the same kernel
+    del ghost
+    dots = torch.ops.hyperinf.per_sample_dot(*_factors(delta, act), V.float().contiguous())
+    return dots.reshape(*delta.shape[:-2], len(V))
+
+
+@implements("pairwise_dot", "cpu", _refuse_factors)
+def pairwise_dot(delta1: Tensor, act1: Tensor, delta2: Tensor, act2: Tensor, ghost: bool) -> Tensor:
+    lead, n1, n2 = delta1.shape[:-3], delta1.shape[-3], delta2.shape[-3]
+    factors = _factors(delta1, act1, delta2, act2)
+    if math.prod(lead) == 1:
+        return torch.ops.hyperinf.pairwise_dot(*factors, ghost).reshape(*lead, n1, n2)
+    d1, a1, d2, a2 = (
+        t.reshape(math.prod(lead), n, *t.shape[-2:])
+        for t, n in zip(factors, (n1, n1, n2, n2), strict=True)
+    )
+    out = delta1.new_empty(len(d1), n1, n2, dtype=torch.float32)
+    for i in range(len(d1)):
+        out[i] = torch.ops.hyperinf.pairwise_dot(d1[i], a1[i], d2[i], a2[i], ghost)
+    return out.reshape(*lead, n1, n2)
+
+
+def _refuse_schulz(metas: tuple[TensorMeta, ...]) -> str | None:
+    if metas[0].shape[-1] > LARGEST_SIDE:
+        return f"takes matrices up to {LARGEST_SIDE} on a side"
+    return _unsupported(metas[:1], (torch.float32,))
+
+
+@implements("schulz", "cpu", _refuse_schulz)
+def schulz(A: Tensor, start: Tensor, steps: Sequence[Step]) -> tuple[Tensor, int]:
+    batch = math.prod(A.shape[:-2])
+    # every step's coefficients, in the order in which the schedule names them
+    table = torch.zeros(batch, len(steps), COEFFICIENTS)
+    for k, step in enumerate(steps):
+        for i, value in enumerate(step.coefficients.values()):
+            table[:, k, i] = value.reshape(batch)
+    X = torch.ops.hyperinf.schulz(
+        A.reshape(batch, *A.shape[-2:]),
+        start.reshape(batch).float().contiguous(),
+        table,
+        [step.degree for step in steps],
+    )
+    products = sum(PRODUCTS[step.degree] for step in steps) - (FREE_FIRST_STEP if steps else 0)
+    return X.reshape(A.shape), products
 
 
 def _refuse_spd_inverse(metas: tuple[TensorMeta, ...]) -> str | None:
@@ -110,8 +204,9 @@ def _refuse_spd_inverse(metas: tuple[TensorMeta, ...]) -> str | None:
 
 @implements("spd_inverse", "cpu", _refuse_spd_inverse)
 def spd_inverse(A: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverses, and LAPACK's info: -1 for what the face refuses, tested while A is in cache."""
     flat = A.reshape(math.prod(A.shape[:-2]), *A.shape[-2:])
     if flat.stride(-1) != 1:
         flat = flat.contiguous()
-    inverse, info = torch.ops.hyperinf.spd_inverse(flat)
+    inverse, info = torch.ops.hyperinf.spd_inverse(flat, True)
     return inverse.reshape(A.shape), info.reshape(A.shape[:-2])

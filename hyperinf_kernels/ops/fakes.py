@@ -19,6 +19,31 @@ def gram_accumulate_(C: Tensor, X: Tensor, Y: Tensor | None, alpha: float) -> No
     return None
 
 
+@torch.library.register_fake("hyperinf::per_sample_grad")  # type: ignore[untyped-decorator]
+def per_sample_grad(delta: Tensor, act: Tensor) -> Tensor:
+    return act.new_empty((act.shape[0], delta.shape[2], act.shape[2]), dtype=torch.float32)
+
+
+@torch.library.register_fake("hyperinf::per_sample_norm_sq")  # type: ignore[untyped-decorator]
+def per_sample_norm_sq(delta: Tensor, act: Tensor, ghost: bool) -> Tensor:
+    return act.new_empty(act.shape[:1], dtype=torch.float32)
+
+
+@torch.library.register_fake("hyperinf::per_sample_dot")  # type: ignore[untyped-decorator]
+def per_sample_dot(delta: Tensor, act: Tensor, V: Tensor) -> Tensor:
+    return act.new_empty((act.shape[0], V.shape[0]), dtype=torch.float32)
+
+
+@torch.library.register_fake("hyperinf::pairwise_dot")  # type: ignore[untyped-decorator]
+def pairwise_dot(delta1: Tensor, act1: Tensor, delta2: Tensor, act2: Tensor, ghost: bool) -> Tensor:
+    return act1.new_empty((act1.shape[0], act2.shape[0]), dtype=torch.float32)
+
+
+@torch.library.register_fake("hyperinf::schulz")  # type: ignore[untyped-decorator]
+def schulz(A: Tensor, start: Tensor, coefficients: Tensor, degrees: list[int]) -> Tensor:
+    return A.new_empty(A.shape)
+
+
 @torch.library.register_fake("hyperinf::spd_inverse")  # type: ignore[untyped-decorator]
-def spd_inverse(A: Tensor) -> tuple[Tensor, Tensor]:
+def spd_inverse(A: Tensor, check: bool = False) -> tuple[Tensor, Tensor]:
     return A.new_empty(A.shape), A.new_empty(A.shape[:1], dtype=torch.int32)

@@ -43,6 +43,15 @@ def checked_matrices(
     A: Tensor, tol: float | None = None, precision: str = "ieee", max_products: int = 64
 ) -> Tensor:
     """A in its accumulation dtype, once its shape, values and the options are fit to be solved."""
+    A = checked_shape(A, tol, precision, max_products)
+    refuse_unfit(A)
+    return A
+
+
+def checked_shape(
+    A: Tensor, tol: float | None = None, precision: str = "ieee", max_products: int = 64
+) -> Tensor:
+    """A in its accumulation dtype, once its shape and the options are fit; no value is read."""
     checks.floating(A=A)
     checks.at_least(2, "(..., d, d)", A=A)
     checks.agree(A.shape[-1] == A.shape[-2], "A must hold square matrices (..., d, d)", A=A)
@@ -57,6 +66,11 @@ def checked_matrices(
             f"tol must lie in [{eps / 2:.1e}, 1) for {A.dtype}, got {tol}; "
             f"no {A.dtype} result has a smaller residual, whatever the condition number"
         )
+    return A
+
+
+def refuse_unfit(A: Tensor) -> None:
+    """Raise ValueError if a matrix is not finite, not symmetric, or has a diagonal not positive."""
     checks.finite_matrices("A", A)
     if A.numel():
         unfit = (A.diagonal(dim1=-2, dim2=-1) <= 0).any(-1)
@@ -65,7 +79,6 @@ def checked_matrices(
         skew = (A - A.mT).abs().amax((-2, -1))
         if bool((skew > 1e-3 * size).any()):
             raise ValueError("A must be symmetric; the largest |A - A^T| is over 1e-3 of max |A|")
-    return A
 
 
 def refuse_indefinite(bad: Tensor, why: str) -> None:

@@ -12,11 +12,12 @@ from .dispatch import call, explain
 from .schulz import schulz_inverse
 from .solve import (
     SolveInfo,
-    checked_matrices,
+    checked_shape,
     inverse_floor,
     inverse_residual,
     refuse_indefinite,
     refuse_overflow,
+    refuse_unfit,
     solve_info,
 )
 
@@ -55,21 +56,27 @@ def spd_inverse(
         raise ValueError(f"method must be auto, direct or schulz, got {method!r}")
     if method == "schulz":
         return schulz_inverse(A, return_info=True) if return_info else schulz_inverse(A)
-    A = checked_matrices(A)
+    A = checked_shape(A)
+    # the compiled kernel tests every matrix while it has it in cache, and its inverse
+    tested = A.numel() > 0 and explain("spd_inverse", A).backend == "cpu"
+    if not tested:
+        refuse_unfit(A)
     if A.numel() == 0:
         X, failed = A.clone(), torch.zeros(A.shape[:-2], dtype=torch.int32)
     else:
         X, failed = call("spd_inverse", (A,))
     fallback = None
-    if bool((failed > 0).any()):
-        bad = failed > 0
+    bad = failed != 0
+    if bool(bad.any()):
+        if tested:
+            refuse_unfit(A)
         retried, info64 = call("spd_inverse", (A[bad].double(),))
         failed_again = torch.zeros_like(bad)
         failed_again[bad] = info64 > 0
         refuse_indefinite(failed_again, "Cholesky fails in fp64")
         X = X.masked_scatter(bad[..., None, None].expand_as(X), retried.to(X.dtype))
         fallback = f"{int(bad.sum())} of {bad.numel()} matrices needed fp64"
-    if A.numel():
+    if A.numel() and (fallback or not tested):
         refuse_overflow(X)
     if not return_info:
         return X

@@ -2,8 +2,10 @@
 #include "cpu/kernels.h"
 
 #include "hyperinf/gram.h"
+#include "hyperinf/schulz.h"
 #include "hyperinf/sherman_morrison.h"
 #include "hyperinf/spd_inverse.h"
+#include "hyperinf/thin.h"
 
 namespace hyperinf::HYPERINF_ISA {
 
@@ -18,11 +20,27 @@ static void slab(const SlabArgs& a) {
 
 static void gram(const GramArgs& a) {
   if (a.type == RowType::kBf16)
-    gram_tile<Bf16>(a);
+    gram_tile<float, Bf16>(a);
   else
-    gram_tile<float>(a);
+    gram_tile<float, float>(a);
 }
 
-const Kernels kTable = {kLanes, slab, gram, spd_inverse_lanes};
+static void gram64(const GramArgs& a) {
+  if (a.type == RowType::kBf16)
+    gram_tile<double, Bf16>(a);
+  else if (a.type == RowType::kDouble)
+    gram_tile<double, double>(a);
+  else
+    gram_tile<double, float>(a);
+}
+
+static void thin(const ThinArgs& a) {
+  if (a.type == RowType::kBf16)
+    thin_product<Bf16>(a);
+  else
+    thin_product<float>(a);
+}
+
+const Kernels kTable = {kLanes, slab, gram, gram64, thin, block_dot, schulz, spd_inverse_lanes};
 
 }  // namespace hyperinf::HYPERINF_ISA

@@ -19,13 +19,29 @@ constexpr int kLanes = HYPERINF_LANES;
 constexpr bool kWideRegisterFile = kLanes == 16;  // 32 vector registers instead of 16
 
 using Vec = float __attribute__((vector_size(4 * HYPERINF_LANES)));
-using Vec4 = float __attribute__((vector_size(16)));
+
+// A register of floats or doubles, and a group of four for transposes.
+template <class S>
+struct Simd;
+template <>
+struct Simd<float> {
+  using Vec = float __attribute__((vector_size(4 * HYPERINF_LANES)));
+  using Four = float __attribute__((vector_size(16)));
+  static constexpr int lanes = HYPERINF_LANES;
+};
+template <>
+struct Simd<double> {
+  using Vec = double __attribute__((vector_size(4 * HYPERINF_LANES)));
+  using Four = double __attribute__((vector_size(32)));
+  static constexpr int lanes = HYPERINF_LANES / 2;
+};
 
 struct Bf16 {
   uint16_t bits;
 };
 
 static inline float widen(float x) { return x; }
+static inline double widen(double x) { return x; }
 
 static inline float widen(Bf16 x) {
   const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
@@ -51,7 +67,22 @@ static inline Vec load(const Bf16* p) {
   return v;
 }
 
+// The first n < kLanes numbers, then zeros.
+template <class Row>
+static inline Vec load_part(const Row* p, int64_t n) {
+  Vec v{};
+  for (int64_t i = 0; i < n; ++i) v[i] = widen(p[i]);
+  return v;
+}
+
+static inline Simd<double>::Vec load(const double* p) {
+  Simd<double>::Vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
 static inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+static inline void store(double* p, Simd<double>::Vec v) { std::memcpy(p, &v, sizeof v); }
 
 static inline Vec broadcast(float x) { return Vec{} + x; }
 

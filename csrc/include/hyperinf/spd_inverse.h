@@ -12,11 +12,12 @@ constexpr int kT = 4;  // tile side; matrices are padded to it with the identity
 
 // Lower triangle of tiles: row i holds the columns up to the end of its own tile.
 struct Triangle {
-  Vec* data;
-  Vec* row(int i) const {
-    const int64_t tile = i / kT;
-    return data + (tile * (tile + 1) / 2 * kT + (i - tile * kT) * (tile + 1)) * kT;
+  Vec* rows[kMaxSide];
+  Triangle(Vec* data, int padded) {
+    for (int i = 0; i < padded; ++i, data += i % kT == 0 ? i * kT : 0)
+      rows[i] = data + (i % kT) * (i / kT + 1) * kT;
   }
+  Vec* row(int i) const { return rows[i]; }
 };
 
 using Lanes = int32_t __attribute__((vector_size(4 * HYPERINF_LANES)));
@@ -44,6 +45,7 @@ static inline Vec root(Vec x) {
 // Cholesky of the lower triangle; info[l] = order of the first leading minor that is not positive.
 static inline void cholesky(const Triangle& A, int padded, int d, Lanes& info) {
   for (int J = 0; J < padded; J += kT) {
+    Vec inverse[kT];
     for (int I = J; I < padded; I += kT) {
       Tile t;
       t.add_rows(A, I, A, J, J);
@@ -58,8 +60,9 @@ static inline void cholesky(const Triangle& A, int padded, int d, Lanes& info) {
             const Lanes bad = t.v[r][c] > 0 ? Lanes{} : Lanes{} + (J + c + 1);
             if (J + c < d) info = info == 0 ? bad : info;
             A.row(J + c)[J + c] = root(t.v[r][c]);
+            inverse[c] = broadcast(1.0f) / A.row(J + c)[J + c];
           } else {
-            A.row(I + r)[J + c] = t.v[r][c] / A.row(J + c)[J + c];
+            A.row(I + r)[J + c] = t.v[r][c] * inverse[c];
           }
         }
         // tiles on the diagonal are read whole by what follows
@@ -117,32 +120,69 @@ static inline void square_factor(const Triangle& A, int padded, Vec* spare) {
   }
 }
 
-// Element (i, j) of matrix l goes to lane l; lanes beyond `count` and the padding hold the
-// identity.
+// to[j] = columns [first, last) of row i, element j of matrix l in lane l.
+static inline void read_row(const LanesArgs& a, int i, int first, int last, Vec* to) {
+  const float* const from = a.matrices + i * a.row_stride;
+  const int64_t s = a.matrix_stride;
+  int64_t l = 0;
+  for (; l + 4 <= a.count; l += 4) {
+    const float* m = from + l * s;
+    int j = first;
+    for (; j + 4 <= last; j += 4)
+      transpose4<float>(load4<float>(m + j), load4<float>(m + s + j), load4<float>(m + 2 * s + j),
+                        load4<float>(m + 3 * s + j), reinterpret_cast<float*>(to + j) + l, kLanes);
+    for (; j < last; ++j)
+      for (int q = 0; q < 4; ++q) to[j][l + q] = m[q * s + j];
+  }
+  for (; l < a.count; ++l)
+    for (int j = first; j < last; ++j) to[j][l] = from[l * s + j];
+}
+
+// The lower triangle; lanes beyond `count` and the padding hold the identity.
 static inline void read_lanes(const LanesArgs& a, const Triangle& A, int padded) {
+  constexpr int64_t line = 16;
   for (int i = 0; i < padded; ++i) {
     Vec* row = A.row(i);
-    for (int j = 0; j <= i; ++j) row[j] = broadcast(i == j ? 1.0f : 0.0f);
+    if (a.count < kLanes || i >= a.d)
+      for (int j = 0; j <= i; ++j) row[j] = broadcast(i == j ? 1.0f : 0.0f);
     if (i >= a.d) continue;
-    int64_t l = 0;
-    for (; l + 4 <= a.count; l += 4) {
-      const float* m = a.matrices + l * a.matrix_stride + i * a.row_stride;
-      const int64_t s = a.matrix_stride;
-      int j = 0;
-      for (; j + 4 <= i + 1; j += 4)
-        transpose4(load4(m + j), load4(m + s + j), load4(m + 2 * s + j), load4(m + 3 * s + j),
-                   reinterpret_cast<float*>(row + j) + l, kLanes);
-      for (; j <= i; ++j)
-        for (int q = 0; q < 4; ++q) row[j][l + q] = m[q * s + j];
-    }
-    for (; l < a.count; ++l)
-      for (int j = 0; j <= i; ++j)
-        row[j][l] = a.matrices[l * a.matrix_stride + i * a.row_stride + j];
+    read_row(a, i, 0, i + 1, row);
+    // the next group comes from memory while this one is worked on
+    for (int64_t l = a.count; l < a.count + a.ahead; ++l)
+      for (int64_t j = 0; j < a.d; j += line)
+        __builtin_prefetch(a.matrices + l * a.matrix_stride + i * a.row_stride + j);
   }
+}
+
+static inline Vec magnitude(Vec x) { return x < 0 ? -x : x; }
+static inline Vec larger(Vec x, Vec y) { return x > y ? x : y; }
+
+// -1 in the lanes of matrices that are not finite, or not symmetric to 1e-3 of their largest entry.
+static inline Lanes unfit_lanes(const LanesArgs& a, const Triangle& A, Vec* upper) {
+  Vec largest{}, skew{}, nothing{};  // nothing: 0 * every entry, NaN where one is not finite
+  for (int i = 0; i < a.d; ++i) {
+    read_row(a, i, i, a.d, upper);
+    for (int j = i; j < a.d; ++j) {
+      const Vec x = A.row(j)[i], y = upper[j], difference = x - y;
+      nothing += 0.0f * x + 0.0f * y;
+      largest = larger(larger(magnitude(x), magnitude(y)), largest);
+      skew = larger(magnitude(difference), skew);
+    }
+  }
+  return (nothing != 0) | (skew > 1e-3f * largest);
+}
+
+// -1 in the lanes of inverses that are not finite.
+static inline Lanes overflown_lanes(const Triangle& A, int d) {
+  Vec nothing{};
+  for (int i = 0; i < d; ++i)
+    for (int j = 0; j <= i; ++j) nothing += 0.0f * A.row(i)[j];
+  return nothing != 0;
 }
 
 // Both triangles of every inverse; a matrix with info set gets NaN.
 static inline void write_lanes(const LanesArgs& a, const Triangle& A) {
+  constexpr int64_t line = 16;
   const int64_t area = static_cast<int64_t>(a.d) * a.d;
   for (int i = 0; i < a.d; ++i) {
     int64_t l = 0;
@@ -153,29 +193,34 @@ static inline void write_lanes(const LanesArgs& a, const Triangle& A) {
       float* out = a.inverses + l * area + static_cast<int64_t>(i) * a.d;
       int j = 0;
       for (; j + 4 <= a.d; j += 4)
-        transpose4(load4(at(j) + l), load4(at(j + 1) + l), load4(at(j + 2) + l),
-                   load4(at(j + 3) + l), out + j, area);
+        transpose4<float>(load4<float>(at(j) + l), load4<float>(at(j + 1) + l),
+                          load4<float>(at(j + 2) + l), load4<float>(at(j + 3) + l), out + j, area);
       for (; j < a.d; ++j)
         for (int q = 0; q < 4; ++q) out[q * area + j] = at(j)[l + q];
     }
     for (; l < a.count; ++l)
       for (int j = 0; j < a.d; ++j)
         a.inverses[l * area + static_cast<int64_t>(i) * a.d + j] = at(j)[l];
+    for (l = a.count; l < a.count + a.ahead; ++l)
+      for (int64_t j = 0; j < a.d; j += line)
+        __builtin_prefetch(a.inverses + l * area + i * a.d + j, 1);
   }
   for (int64_t l = 0; l < a.count; ++l)
-    if (a.info[l] != 0)
+    if (a.info[l] > 0)
       for (int64_t e = 0; e < area; ++e) a.inverses[l * area + e] = __builtin_nanf("");
 }
 
 static void spd_inverse_lanes(const LanesArgs& a) {
   const int padded = (a.d + kT - 1) / kT * kT;
   Vec* const spare = reinterpret_cast<Vec*>(a.scratch);
-  const Triangle A{spare + kT * padded};
+  const Triangle A(spare + kT * padded, padded);
   Lanes info{};
   read_lanes(a, A, padded);
+  const Lanes unfit = a.check ? unfit_lanes(a, A, spare) : Lanes{};
   cholesky(A, padded, a.d, info);
   invert_factor(A, padded, spare);
   square_factor(A, padded, spare);
+  if (a.check) info = info == 0 ? unfit | overflown_lanes(A, a.d) : info;
   for (int64_t l = 0; l < a.count; ++l) a.info[l] = info[l];
   write_lanes(a, A);
 }
