@@ -11,6 +11,12 @@ STABLE_TORCH_LIBRARY(hyperinf, m) {
   m.def("gram_accumulate_(Tensor(a!) C, Tensor X, Tensor? Y, float alpha) -> ()");
   // A (b, d, d) fp32, d <= 128 -> inverse (b, d, d) and LAPACK's info (b) int32
   m.def("spd_inverse(Tensor A) -> (Tensor, Tensor)");
+  // delta (B, T, O) and act (B, T, I) of one dtype -> (B, O, I), (B), (B, m) for V (m, O, I)
+  m.def("per_sample_grad(Tensor delta, Tensor act) -> Tensor");
+  m.def("per_sample_norm_sq(Tensor delta, Tensor act, bool ghost) -> Tensor");
+  m.def("per_sample_dot(Tensor delta, Tensor act, Tensor V, bool ghost) -> Tensor");
+  // C (I, I) fp32 += alpha sum_b g_b^T g_b of the gradients g_b = delta_b^T act_b
+  m.def("gfim_accumulate_(Tensor(a!) C, Tensor delta, Tensor act, float alpha) -> ()");
 }
 
 namespace {
@@ -26,7 +32,16 @@ PyObject* cpu_isas(PyObject*, PyObject*) {
   return names;
 }
 
-PyMethodDef methods[] = {{"cpu_isas", cpu_isas, METH_NOARGS,
+// given by the build: "sm_80,sm_90,compute_90", or nothing where there are no CUDA kernels
+#ifndef HYPERINF_CUDA_ARCHS
+#define HYPERINF_CUDA_ARCHS ""
+#endif
+
+PyObject* cuda_archs(PyObject*, PyObject*) { return PyUnicode_FromString(HYPERINF_CUDA_ARCHS); }
+
+PyMethodDef methods[] = {{"cuda_archs", cuda_archs, METH_NOARGS,
+                          "Architectures of the CUDA kernels, separated by commas."},
+                         {"cpu_isas", cpu_isas, METH_NOARGS,
                           "Compiled instruction sets this processor runs, best first."},
                          {nullptr, nullptr, 0, nullptr}};
 

@@ -22,3 +22,23 @@ def gram_accumulate_(C: Tensor, X: Tensor, Y: Tensor | None, alpha: float) -> No
 @torch.library.register_fake("hyperinf::spd_inverse")  # type: ignore[untyped-decorator]
 def spd_inverse(A: Tensor) -> tuple[Tensor, Tensor]:
     return A.new_empty(A.shape), A.new_empty(A.shape[:1], dtype=torch.int32)
+
+
+@torch.library.register_fake("hyperinf::per_sample_grad")  # type: ignore[untyped-decorator]
+def per_sample_grad(delta: Tensor, act: Tensor) -> Tensor:
+    return delta.new_empty((delta.shape[0], delta.shape[2], act.shape[2]), dtype=torch.float32)
+
+
+@torch.library.register_fake("hyperinf::per_sample_norm_sq")  # type: ignore[untyped-decorator]
+def per_sample_norm_sq(delta: Tensor, act: Tensor, ghost: bool) -> Tensor:
+    return delta.new_empty(delta.shape[:1], dtype=torch.float32)
+
+
+@torch.library.register_fake("hyperinf::per_sample_dot")  # type: ignore[untyped-decorator]
+def per_sample_dot(delta: Tensor, act: Tensor, V: Tensor, ghost: bool) -> Tensor:
+    return delta.new_empty((delta.shape[0], V.shape[0]), dtype=torch.float32)
+
+
+@torch.library.register_fake("hyperinf::gfim_accumulate_")  # type: ignore[untyped-decorator]
+def gfim_accumulate_(C: Tensor, delta: Tensor, act: Tensor, alpha: float) -> None:
+    return None
