@@ -120,7 +120,7 @@ def test_a_backend_asked_for_falls_back_unless_strict(monkeypatch: pytest.Monkey
 def test_each_op_and_backend_is_logged_once(
     caplog: pytest.LogCaptureFixture, plain_torch: None
 ) -> None:
-    dispatch._log_once.cache_clear()
+    dispatch._used.clear()
     G = torch.randn(3, 4)
     with caplog.at_level(logging.INFO, logger="hyperinf_kernels"):
         for _ in range(3):
