@@ -13,7 +13,8 @@ from pathlib import Path
 # bf16 tensor cores and asynchronous copies begin here
 OLDEST = 80
 DEFAULT = ("80", "90", "100")
-FLAGS = ["-std=c++20", "-O3", "-DUSE_CUDA", "--compiler-options=-fPIC,-fvisibility=hidden"]
+FLAGS = ["-std=c++20", "-O3", "-DUSE_CUDA", "--compiler-options=-fPIC,-fvisibility=hidden",
+         "--ptxas-options=-v"]  # fmt: skip
 
 
 class CudaError(Exception):
@@ -108,12 +109,53 @@ def architectures(environment: Mapping[str, str], known: set[str]) -> tuple[str,
     return default
 
 
-def compile_one(command: Sequence[str]) -> None:
+def compile_one(command: Sequence[str]) -> list[dict[str, str | int]]:
+    """Run nvcc; what its assembler says about each kernel on each architecture.
+
+    Raises:
+        CudaError: nvcc fails; the message is its first complaint.
+    """
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         lines = (done.stderr + done.stdout).splitlines()
         told = [line.strip() for line in lines if "error" in line or "fatal" in line]
         raise CudaError(told[0] if told else f"{command[0]} exits {done.returncode}")
+    return resources(done.stderr + done.stdout)
+
+
+def resources(log: str) -> list[dict[str, str | int]]:
+    """Registers, spills and shared memory of each kernel from the words of `ptxas -v`."""
+    entry = re.compile(
+        r"Compiling entry function '(?P<kernel>\w+)' for '(?P<arch>\w+)'.*?"
+        r"(?P<spill>\d+) bytes spill stores, (?P<reload>\d+) bytes spill loads.*?"
+        r"Used (?P<registers>\d+) registers(?P<rest>[^\n]*)", re.DOTALL,
+    )  # fmt: skip
+    found: list[dict[str, str | int]] = []
+    for match in entry.finditer(log):
+        shared = re.search(r"(\d+) bytes smem", match["rest"])
+        found.append({
+            "kernel": match["kernel"],
+            "arch": match["arch"],
+            "registers": int(match["registers"]),
+            "spill_bytes": int(match["spill"]) + int(match["reload"]),
+            "shared_bytes": int(shared[1]) if shared else 0,
+        })  # fmt: skip
+    names = _demangled([str(facts["kernel"]) for facts in found])
+    for facts, name in zip(found, names, strict=True):
+        facts["kernel"] = name
+    return found
+
+
+def _demangled(names: list[str]) -> list[str]:
+    tool = shutil.which("c++filt")
+    if tool is None or not names:
+        return names
+    done = subprocess.run(
+        [tool], input="\n".join(names), capture_output=True, text=True, check=True
+    )
+    # void f<..>(..) -> f<..>, without this project's namespace
+    plain = [re.sub(r"^void |\(.*$", "", line) for line in done.stdout.splitlines()]
+    return [line.replace("hyperinf::gpu::", "") for line in plain]
 
 
 def _ask(nvcc: str, *arguments: str) -> str:

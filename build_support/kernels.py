@@ -104,12 +104,14 @@ class BuildKernels(build_ext):
     """Compiles several files at a time and says in one line what came of it."""
 
     facts: dict[str, Any]
+    resources: list[dict[str, str | int]]
 
     def build_extension(self, ext: Extension) -> None:
         if ext.name == "hyperinf_kernels._build":
-            # a C string literal that holds JSON
-            text = json.dumps(json.dumps(self.facts))
-            ext.define_macros = [("HYPERINF_BUILD_FACTS", text)]
+            # as a C string literal that holds JSON
+            header = Path(self.build_temp) / "build_facts.h"
+            header.write_text(json.dumps(json.dumps(self.facts)))
+            ext.include_dirs.append(self.build_temp)
             self.force = True  # the facts can change while the source does not
             return super().build_extension(ext)
         try:
@@ -122,6 +124,7 @@ class BuildKernels(build_ext):
 
     def _build_kernels(self, ext: Extension) -> None:
         toolkit = cuda.find(os.environ)
+        self.resources = []
         folder = Path(self.build_temp)
         jobs = []
         for source in ext.sources[:-1]:
@@ -167,7 +170,8 @@ class BuildKernels(build_ext):
         jobs = [
             (source, folder / f"{source.stem}.o") for source in sorted(ROOT.glob("csrc/cuda/*.cu"))
         ]
-        _side_by_side(lambda job: cuda.compile_one(toolkit.command(*job, flags)), jobs)
+        told = _side_by_side(lambda job: cuda.compile_one(toolkit.command(*job, flags)), jobs)
+        self.resources = [kernel for kernels in told for kernel in kernels]
         ext.library_dirs += directories
         ext.libraries += libraries
         return [str(target) for _, target in jobs]
@@ -185,6 +189,7 @@ class BuildKernels(build_ext):
             "nvcc": toolkit.version if found else None,
             "nvcc_flags": cuda.FLAGS if found else [],
             "cuda_archs": list(toolkit.targets) if found else [],
+            "cuda_kernels": self.resources,
             "no_cuda": None if found else toolkit,
         }
 

@@ -5,7 +5,10 @@ namespace py = pybind11;
 
 // compiler, flags, instruction sets, CUDA architectures, nvcc, torch: facts of the build as JSON
 static py::dict build_info() {
-  py::dict facts = py::module_::import("json").attr("loads")(HYPERINF_BUILD_FACTS);
+  static const char* json =
+#include "build_facts.h"
+      ;
+  py::dict facts = py::module_::import("json").attr("loads")(json);
   facts["compiler"] = __VERSION__;
   return facts;
 }

@@ -34,7 +34,7 @@ def collect() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cpu_kernels": native.missing() or ", ".join(native.isas()),
         "cuda_kernels": ", ".join(native.cuda_archs()) or native.missing() or native.no_cuda(),
-        "build": native.build_info(),
+        "build": _without_kernels(native.build_info()),
         "extras": {
             extra: {name: _version(name) for name in names} for extra, names in EXTRAS.items()
         },
@@ -56,6 +56,12 @@ def _backends(op: str) -> dict[str, str]:
             lack = machine.lacks(backend) or kernel.needs(machine)
             answers[backend] = "yes" if lack is None else f"no: {lack}"
     return answers
+
+
+def _without_kernels(facts: dict[str, Any] | str) -> dict[str, Any] | str:
+    if isinstance(facts, str):
+        return facts
+    return {key: value for key, value in facts.items() if key != "cuda_kernels"}
 
 
 def _build(facts: dict[str, Any] | str) -> str:

@@ -7,13 +7,11 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from tests.oracle import Array
+from tests.kernel_cases import MODES, Case
 
 ROOT = Path(__file__).parents[1]
 COMPILER = shutil.which("g++")
@@ -23,59 +21,6 @@ FLAGS = [
     "-fsanitize=address,undefined", "-fno-sanitize-recover=all",
     f"-I{ROOT / 'csrc/emulator'}", f"-I{ROOT / 'csrc/include'}",
 ]  # fmt: skip
-# the order of the table in run.cpp; each mode is (function, C++ type, dtype of the factors)
-MODES = {
-    "fp32": ("run_scalar_float", "Scalar<float>", torch.float32),
-    "tf32": ("run_tf32", "Tf32", torch.float32),
-    "bf16": ("run_tensor_bf16", "Tensor<__nv_bfloat16>", torch.bfloat16),
-    "fp16": ("run_tensor_half", "Tensor<__half>", torch.float16),
-    "bf16 scalar": ("run_scalar_bf16", "Scalar<__nv_bfloat16>", torch.bfloat16),
-    "fp16 scalar": ("run_scalar_half", "Scalar<__half>", torch.float16),
-}
-OPS = ("grad", "norm", "dot", "gfim", "far_output")
-LAYOUTS = ("plain", "shifted", "transposed", "padded", "far samples", "far tokens")
-
-
-@dataclass(frozen=True)
-class Case:
-    """One call of a launcher; the numbers follow from the sizes and the name of the mode."""
-
-    op: str
-    mode: str
-    sizes: tuple[int, int, int, int]  # samples, tokens, rows, columns
-    layout: str = "plain"
-    count: int = 0
-    ghost: bool = False
-    alpha: float = 0.5
-    out: dict[str, Array] = field(default_factory=dict, compare=False)  # by order of the threads
-
-    def __str__(self) -> str:
-        shape = "x".join(map(str, self.sizes))
-        ghost = " ghost" if self.ghost else ""
-        many = f" m={self.count}" if self.op == "dot" else ""
-        return f"{self.op}{ghost}{many} {self.mode} {shape} {self.layout}"
-
-    def numbers(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """delta, act in the mode's dtype, and V of dots or C of GFIM in fp32; new in every case."""
-        batch, tokens, rows, cols = self.sizes
-        generator = torch.Generator().manual_seed(sum(map(ord, str(self))))
-
-        def random(*shape: int) -> torch.Tensor:
-            return torch.randn(*shape, generator=generator)
-
-        dtype = MODES[self.mode][2]
-        delta, act = random(batch, tokens, rows), random(batch, tokens, cols)
-        other = random(cols, cols) if self.op == "gfim" else random(self.count, rows, cols)
-        return delta.to(dtype), act.to(dtype), other
-
-    def packed(self) -> bytes:
-        header = (list(MODES).index(self.mode), OPS.index(self.op), LAYOUTS.index(self.layout),
-                  *self.sizes, self.count, self.ghost)  # fmt: skip
-        parts = [np.array(header, dtype=np.int64).tobytes(), np.float64(self.alpha).tobytes()]
-        for tensor in self.numbers():
-            parts.append(np.int64(tensor.numel()).tobytes())
-            parts.append(tensor.float().numpy().tobytes())
-        return b"".join(parts)
 
 
 def compile_all(commands: Sequence[Sequence[str]]) -> None:

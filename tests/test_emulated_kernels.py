@@ -12,39 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests import emulated, oracle
-from tests.emulated import MODES, Case
+from tests import emulated
+from tests.kernel_cases import CASES, MODES, Case, assert_exact
 
 pytestmark = pytest.mark.skipif(emulated.UNAVAILABLE is not None, reason=str(emulated.UNAVAILABLE))
-# largest error <= K x largest error of torch's fp32 product of the same numbers, plus roundings
-K = 4.0
-FLOOR = 16 * float(np.finfo(np.float32).eps)
-TF32 = 2.0**-10  # relative rounding of both factors together, at most
-
-# each tile's own size, one more, ragged, one token, one row; LoRA ranks on either side
-SHAPES = [(2, 1, 1, 1), (3, 5, 1, 130), (2, 33, 8, 129), (2, 17, 16, 128), (2, 40, 131, 4),
-          (1, 35, 20, 70), (2, 3, 64, 64), (1, 18, 129, 136)]  # fmt: skip
-BOTH, WHOLE = ("fp32", "bf16"), tuple(MODES)
-CASES = [
-    *(Case("grad", mode, shape) for shape in SHAPES for mode in BOTH),
-    *(Case("norm", mode, shape) for shape in SHAPES for mode in BOTH),
-    *(Case("norm", mode, shape, ghost=True) for shape in [(2, 1, 1, 1), (2, 65, 9, 33),
-                                                          (1, 130, 3, 70)] for mode in WHOLE),
-    *(Case("dot", mode, shape, count=m) for shape, m in [((2, 9, 8, 130), 1), ((1, 5, 65, 66), 5),
-                                                         ((2, 1, 1, 1), 4)] for mode in BOTH),
-    *(Case("gfim", mode, shape) for shape in [(1, 1, 1, 1), (3, 5, 8, 33), (2, 7, 17, 130)]
-      for mode in WHOLE),
-    Case("gfim", "fp32", (300, 1, 2, 3), alpha=-2.0),
-    Case("gfim", "fp32", (2, 3, 4, 65), alpha=1e30),
-    *(Case(op, mode, (2, 19, 24, 40), count=2) for op in ("grad", "norm", "dot")
-      for mode in WHOLE[1:]),
-    *(Case(op, mode, (2, 6, 20, 23), layout, count=2) for layout in emulated.LAYOUTS[1:]
-      for op in ("grad", "norm", "gfim") for mode in BOTH),
-    *(Case("norm", mode, (2, 6, 20, 23), layout, ghost=True)
-      for layout in emulated.LAYOUTS[1:] for mode in BOTH),
-    Case("grad", "fp32", (3, 0, 4, 5)), Case("norm", "bf16", (3, 0, 4, 5)),
-    Case("norm", "fp32", (3, 0, 4, 5), ghost=True), Case("gfim", "fp32", (3, 0, 4, 5)),
-]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -57,38 +28,12 @@ def _executed(program: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     emulated.run_all(program, CASES, tmp_path_factory.mktemp("cases"))
 
 
-def expected(case: Case) -> tuple[oracle.Array, oracle.Array, float]:
-    """The oracle's result, torch's fp32 result, and the size of what was summed."""
-    delta, act, other = case.numbers()
-    grads = oracle.per_sample_grad(delta, act)
-    peer = delta.float().mT @ act.float()
-    sizes = oracle.per_sample_grad(delta.abs(), act.abs())
-    if case.op == "grad":
-        return grads, oracle.f64(peer), float(sizes.max(initial=0))
-    if case.op == "norm":
-        of_sizes = float(oracle.per_sample_norm_sq(delta.abs(), act.abs()).max(initial=0))
-        return (oracle.per_sample_norm_sq(delta, act), oracle.f64(peer.square().sum((-2, -1))),
-                of_sizes)  # fmt: skip
-    if case.op == "dot":
-        dots = peer.flatten(1) @ other.flatten(1).T
-        of_sizes = float(oracle.per_sample_dot(delta.abs(), act.abs(), other.abs()).max(initial=0))
-        return oracle.per_sample_dot(delta, act, other), oracle.f64(dots), of_sizes
-    total = oracle.f64(other) + case.alpha * oracle.gfim_sum(grads)
-    of_sizes = np.abs(oracle.f64(other)) + abs(case.alpha) * oracle.gfim_sum(sizes)
-    rows = peer.flatten(0, 1)
-    return total, oracle.f64(other.add(rows.T @ rows, alpha=case.alpha)), float(of_sizes.max())
-
-
 @pytest.mark.usefixtures("_executed")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernels_match_the_oracle_in_both_orders(case: Case) -> None:
-    truth, peer, size = expected(case)
-    assert np.array_equal(case.out["forward"], case.out["reversed"]), "threads depend on order"
-    bound = K * np.abs(peer - truth).max(initial=0) + FLOOR * size
-    if case.mode == "tf32":
-        bound += 4 * TF32 * size
-    error = np.abs(case.out["forward"].reshape(truth.shape) - truth).max(initial=0)
-    assert error <= bound
+    forward = case.out["forward"]
+    assert np.array_equal(forward, case.out["reversed"]), "results depend on the order of threads"
+    assert_exact(case, forward)
 
 
 @pytest.mark.parametrize("mode", MODES)

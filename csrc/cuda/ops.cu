@@ -103,6 +103,7 @@ Array dot(const Array& delta, const Array& act, const Array& V, bool) {
   check_factors(delta, act);
   check_dims("V", V, 3);
   check_float("V", V);
+  STD_TORCH_CHECK(V.is_contiguous(), "V must be contiguous");
   check_beside("V", V, delta);
   STD_TORCH_CHECK(V.size(1) == delta.size(2) && V.size(2) == act.size(2),
                   "V must be (m, O, I) for delta (B, T, O) and act (B, T, I)");
@@ -110,12 +111,7 @@ Array dot(const Array& delta, const Array& act, const Array& V, bool) {
   const Array out = floats(delta, {delta.size(0), V.size(0)});
   const Array partial =
       floats(delta, {delta.size(0), V.size(0), tiles_of(delta.size(2), act.size(2))});
-  const Dots dots{static_cast<const float*>(V.const_data_ptr()),
-                  V.stride(0),
-                  V.stride(1),
-                  V.stride(2),
-                  V.size(0),
-                  data(partial)};
+  const Dots dots{static_cast<const float*>(V.const_data_ptr()), V.size(0), data(partial)};
   if (out.numel() > 0)
     with_mode(delta, act, [&](auto ops, const auto& f) { ops.dot(f, dots, data(out), launch); });
   return out;
@@ -139,6 +135,11 @@ void gfim(const Array& C, const Array& delta, const Array& act, double alpha) {
 }  // namespace
 
 }  // namespace hyperinf::bindings
+
+// Whether this torch gives its streams; asked by the tests, where no device is at hand.
+extern "C" __attribute__((visibility("default"))) int hyperinf_has_stream() {
+  return hyperinf::gpu::stream_lookup() != nullptr;
+}
 
 STABLE_TORCH_LIBRARY_IMPL(hyperinf, CUDA, m) {
   m.impl("per_sample_grad", TORCH_BOX(&hyperinf::bindings::grad));

@@ -76,7 +76,7 @@ def per_sample_dot(delta: Tensor, act: Tensor, V: Tensor, ghost: bool) -> Tensor
     lead = delta.shape[:-2]
     delta, act = _joined(delta, act)
     if len(V) <= MOST_MATRICES:
-        out = torch.ops.hyperinf.per_sample_dot(delta, act, V.float(), ghost)
+        out = torch.ops.hyperinf.per_sample_dot(delta, act, V.float().contiguous(), ghost)
     else:
         rows = V.flatten(1).float().mT
         out = delta.new_empty(len(delta), len(V), dtype=torch.float32)

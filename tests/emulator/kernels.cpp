@@ -116,7 +116,7 @@ void RUN(Case& c) {
   } else if (c.op == 2) {
     c.out = nans(c.batch * c.count);
     auto partial = nans(c.batch * c.count * tiles_of(c.rows, c.cols));
-    const Dots dots{c.other.data(), c.rows * c.cols, c.cols, 1, c.count, partial.data()};
+    const Dots dots{c.other.data(), c.count, partial.data()};
     per_sample_dot<Mode>(f, dots, c.out.data(), emu::Launch{});
   } else {
     gfim(c, f);

@@ -28,8 +28,8 @@ int main(int, char** arguments) {
   std::FILE* out = std::fopen(arguments[2], "wb");
   if (in == nullptr || out == nullptr) return 4;
   emu::reversed = std::strcmp(arguments[3], "reversed") == 0;
-  void (*const modes[])(Case&) = {run_scalar_float, run_tf32,        run_tensor_bf16,
-                                  run_tensor_half,  run_scalar_bf16, run_scalar_half};
+  void (*const modes[])(Case&) = {run_scalar_float, run_tf32, run_tensor_bf16, run_tensor_half,
+                                  run_scalar_bf16};
   for (int64_t mode; std::fread(&mode, sizeof mode, 1, in) == 1;) {
     Case c;
     read(in, &c.op, 8 * sizeof(int64_t));

@@ -21,4 +21,3 @@ void run_tf32(Case& c);
 void run_tensor_bf16(Case& c);
 void run_tensor_half(Case& c);
 void run_scalar_bf16(Case& c);
-void run_scalar_half(Case& c);

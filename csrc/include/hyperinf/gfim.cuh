@@ -72,7 +72,7 @@ template <class Mode>
 using SumMode = std::conditional_t<std::is_same_v<Mode, Tf32>, Tf32, Scalar<float>>;
 
 template <class Mode, class Form>
-__global__ void __launch_bounds__(Form::Square::kThreads)
+__global__ void __launch_bounds__(Form::Square::kThreads, 1)
     gfim_kernel(Factors<typename Mode::Element> f, bool wide_delta, bool wide_act, Gfim gfim) {
   using T = typename Mode::Element;
   using Square = typename Form::Square;

@@ -29,7 +29,7 @@ struct Factors {
 using FlatTile = Tile<16, 128, 4, 4, 1>;
 using TallTile = Tile<128, 16, 4, 4, 4>;
 using MiddleTile = Tile<64, 64, 8, 4, 2>;
-using LargeTile = Tile<128, 128, 8, 8, 2>;
+using LargeTile = Tile<128, 128, 8, 4, 4>;
 
 template <class F>
 void with_tile(int64_t rows, int64_t cols, const F& f) {
@@ -49,8 +49,9 @@ inline int64_t tiles_of(int64_t rows, int64_t cols) {
 // Where a tile lies in its sample's gradient.
 struct Place {
   int64_t sample, tile, tiles, row, col, rows, cols;
+  int height, width;  // of what is inside the gradient, from the tile's first entry on
 
-  __device__ bool holds(int m, int n) const { return row + m < rows && col + n < cols; }
+  __device__ bool holds(int m, int n) const { return m < height && n < width; }
 };
 
 struct WriteGradient {
@@ -81,23 +82,24 @@ struct SumSquares {
 };
 
 struct Dots {
-  const float* V;  // (count, rows, cols), read through its strides
-  int64_t v_stride, row_stride, col_stride, count;
+  const float* V;  // (count, rows, cols), contiguous
+  int64_t count;
   float* partial;  // (batch, count, tiles)
 
   template <int THREADS, class P>
   __device__ void operator()(const P& g, typename P::Stage& stage, float* warps,
                              const Place& at) const {
     constexpr int together = 4;
-    const float* from = V + at.row * row_stride + at.col * col_stride;
-    for (int64_t first = 0; first < count; first += together) {
+    const float* from = V + at.row * at.cols + at.col;
+    const int64_t apart = at.rows * at.cols;
+    for (int64_t first = 0; first < count; first += together, from += together * apart) {
       float sums[together] = {};
       g.visit(stage, [&](int m, int n, float value) {
         if (!at.holds(m, n)) return;
+        const float* entry = from + m * at.cols + n;
 #pragma unroll
         for (int j = 0; j < together; ++j)
-          if (first + j < count)
-            sums[j] += value * from[(first + j) * v_stride + m * row_stride + n * col_stride];
+          if (first + j < count) sums[j] += value * entry[j * apart];
       });
 #pragma unroll
       for (int j = 0; j < together; ++j) {
@@ -113,27 +115,39 @@ template <class T>
 constexpr int kSlabDepth = 64 / sizeof(T);
 
 template <class Mode, class Shape, class Finish>
-__global__ void __launch_bounds__(Shape::kThreads)
+__global__ void __launch_bounds__(Shape::kThreads, 1)
     per_sample_kernel(Factors<typename Mode::Element> f, bool wide_delta, bool wide_act,
                       Finish finish) {
   using T = typename Mode::Element;
   constexpr int depth = kSlabDepth<T>;
   using P = Product<Mode, Shape, depth>;
   struct Shared {
-    Slabs<T, Shape, depth, false> slabs;
-    typename P::Stage stage;
+    union {  // the stage is in use when the slabs are not
+      Slabs<T, Shape, depth, false> slabs;
+      typename P::Stage stage;
+    };
     float warps[Shape::kWarps];
   };
   HYPERINF_SHARED(Shared, shared);
   const int64_t across = parts(f.cols, Shape::kN), tiles = parts(f.rows, Shape::kM) * across;
   for (int64_t item = blockIdx.x; item < f.batch * tiles; item += gridDim.x) {
     const int64_t sample = item / tiles, tile = item % tiles;
-    const Place at{sample, tile,  tiles, tile / across * Shape::kM, tile % across * Shape::kN,
-                   f.rows, f.cols};
+    const int64_t row = tile / across * Shape::kM, col = tile % across * Shape::kN;
+    const int64_t below = f.rows - row, beside = f.cols - col;
+    const Place at{sample,
+                   tile,
+                   tiles,
+                   row,
+                   col,
+                   f.rows,
+                   f.cols,
+                   static_cast<int>(below < Shape::kM ? below : Shape::kM),
+                   static_cast<int>(beside < Shape::kN ? beside : Shape::kN)};
     P g;
     multiply<Mode, Shape, depth, false>(g, shared.slabs, f.delta_of(sample, wide_delta), at.row,
                                         f.act_of(sample, wide_act), at.col);
     finish.template operator()<Shape::kThreads>(g, shared.stage, shared.warps, at);
+    __syncthreads();
   }
 }
 
@@ -142,7 +156,7 @@ __global__ void __launch_bounds__(Shape::kThreads)
 using PairTile = Tile<64, 64, 8, 4, 2>;
 
 template <class Mode>
-__global__ void __launch_bounds__(PairTile::kThreads)
+__global__ void __launch_bounds__(PairTile::kThreads, 1)
     ghost_norm_kernel(Factors<typename Mode::Element> f, bool wide_delta, bool wide_act,
                       float* partial) {
   using T = typename Mode::Element;
