@@ -82,6 +82,8 @@ CASES = [
                                                          ((2, 1, 1, 1), 4)] for mode in BOTH),
     *(Case("gfim", mode, shape) for shape in [(1, 1, 1, 1), (3, 5, 8, 33), (2, 7, 17, 130)]
       for mode in WHOLE),
+    # one strip, so tiles add to C at once; many runs of strips, summed in their order
+    *(Case("gfim", mode, (1, 9, 12, 140)) for mode in BOTH),
     Case("gfim", "fp32", (300, 1, 2, 3), alpha=-2.0),
     Case("gfim", "fp32", (2, 3, 4, 65), alpha=1e30),
     *(Case(op, mode, (2, 19, 24, 40), count=2) for op in ("grad", "norm", "dot")

@@ -130,6 +130,18 @@ def test_each_op_and_backend_is_logged_once(
     assert lines == ["sherman_morrison runs on torch (reference.sherman_morrison; first choice)"]
 
 
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_autocast_changes_no_result(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYPERINF_BACKEND", backend)
+    delta, act = torch.randn(3, 5, 40), torch.randn(3, 5, 33)
+    K = torch.zeros(3, 3)
+    plain = [hk.per_sample_grad(delta, act), hk.gram_accumulate_(K.clone(), act.flatten(1))]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = [hk.per_sample_grad(delta, act), hk.gram_accumulate_(K.clone(), act.flatten(1))]
+    for one, other in zip(plain, cast, strict=True):
+        assert torch.equal(one, other)
+
+
 # --- invented machines --------------------------------------------------------------------------
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "compute_100")

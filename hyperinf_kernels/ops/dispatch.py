@@ -197,12 +197,18 @@ def _log_once(op: str, plan: Plan) -> None:
 
 
 def call(op: str, tensors: tuple[Tensor, ...], *args: Any, **kwargs: Any) -> Any:
-    """Run `op`: the chosen kernel is called with `*tensors, *args, **kwargs`."""
+    """Run `op`, outside autocast: the chosen kernel gets `*tensors, *args, **kwargs`."""
     plan = _plan(op, tensors)
     for trace in _traces:
         trace.append(plan)
     _log_once(op, plan)
-    return KERNELS[op][plan.backend].run(*tensors, *args, **kwargs)
+    run = KERNELS[op][plan.backend].run
+    device = tensors[0].device.type if tensors else "cpu"
+    # the inputs' dtypes decide: autocast would round the sums of whatever is written in torch
+    if device in PREFERENCE and torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return run(*tensors, *args, **kwargs)
+    return run(*tensors, *args, **kwargs)
 
 
 def explain(op: str, *tensors: Tensor) -> Plan:

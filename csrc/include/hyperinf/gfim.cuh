@@ -1,7 +1,7 @@
 // C += alpha sum_b g_b^T g_b from the factors of g_b = X_b^T Y_b, on the device. A block owns a
 // tile of C: it forms the two strips of g_b that the tile needs in shared memory and multiplies
 // them there, so no gradient is ever written. Strips are formed once per tile, which is worth it
-// while the tokens are few (`prefer_fused` of ops/cuda.py).
+// while the tokens are few (`prefer_fused_gfim` in ops/cuda.py).
 #pragma once
 
 #include <algorithm>
