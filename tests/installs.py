@@ -66,10 +66,10 @@ def wheel(python: object, folder: Path, **environment: str) -> Path:
 
 def environment_beside(folder: Path) -> Path:
     """A new environment that also sees this one's packages; its interpreter."""
-    venv.create(folder, with_pip=True)
+    # no pip of its own: a venv brings an old setuptools along, which would hide the other one
+    venv.create(folder, with_pip=False)
     python = folder / "bin/python"
-    paths = sysconfig.get_paths(vars={"base": str(folder), "platbase": str(folder)})
-    (Path(paths["purelib"]) / "beside.pth").write_text(sysconfig.get_paths()["purelib"])
+    (packages(python) / "beside.pth").write_text(sysconfig.get_paths()["purelib"])
     return python
 
 
@@ -91,7 +91,8 @@ def test(python: object, patterns: list[str], folder: Path) -> None:
     shutil.rmtree(tree / "hyperinf_kernels")
     files = sorted(str(p.relative_to(tree)) for pattern in patterns for p in tree.glob(pattern))
     run(python, "-c", FACTS, cwd=tree)
-    run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, cwd=tree)
+    quiet = ["-q", "-p", "no:cacheprovider", "--override-ini", "addopts=--strict-markers"]
+    run(python, "-m", "pytest", *quiet, *files, cwd=tree)
 
 
 def check(kind: str, suite: str, folder: Path, built: Path | None) -> Path | None:

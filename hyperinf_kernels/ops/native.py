@@ -18,7 +18,7 @@ CUDA_REMEDY = "reinstall with HYPERINF_CUDA=1 and nvcc on PATH or in CUDA_HOME"
 def missing() -> str | None:
     """Load the extension on the first call; None when it serves, otherwise the reason it cannot."""
     if os.environ.get("HYPERINF_CPU", "auto") == "0":
-        return "turned off by HYPERINF_CPU=0"
+        return "turned off by HYPERINF_CPU=0 (unset it)"
     if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < (2, 10):
         return f"the compiled kernels need torch 2.10 or later, this is {torch.__version__}"
     try:
