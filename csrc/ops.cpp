@@ -10,10 +10,10 @@ STABLE_TORCH_LIBRARY(hyperinf, m) {
   // C (b, n1, n2) += alpha X Y^T, X (b, n1, D), Y (b, n2, D) fp32 or bf16; no Y means X. C is fp32,
   // or fp64: then sums are fp64 and rows may be too
   m.def("gram_accumulate_(Tensor(a!) C, Tensor X, Tensor? Y, float alpha) -> ()");
-  // delta (b, T, O), act (b, T, I), both fp32 or both bf16 with unit column stride
+  // delta (b, T, O), act (b, T, I) of one dtype, fp32 or bf16 (fp16 too on CUDA), with unit column
+  // stride -> (b, O, I), (b), (b, m) for V (m, O, I) fp32, contiguous
   m.def("per_sample_grad(Tensor delta, Tensor act) -> Tensor");
   m.def("per_sample_norm_sq(Tensor delta, Tensor act, bool ghost) -> Tensor");
-  // V (m, O, I) fp32, contiguous -> (b, m)
   m.def("per_sample_dot(Tensor delta, Tensor act, Tensor V) -> Tensor");
   m.def(
       "pairwise_dot(Tensor delta1, Tensor act1, Tensor delta2, Tensor act2, bool ghost) -> Tensor");
@@ -23,6 +23,8 @@ STABLE_TORCH_LIBRARY(hyperinf, m) {
   // upper triangle is read too, and info is -1 for a matrix that is not symmetric to 1e-3 of its
   // largest entry, or not finite, or whose inverse is not
   m.def("spd_inverse(Tensor A, bool check=False) -> (Tensor, Tensor)");
+  // C (I, I) fp32 += alpha sum_b g_b^T g_b of the gradients g_b = delta_b^T act_b; CUDA only
+  m.def("gfim_accumulate_(Tensor(a!) C, Tensor delta, Tensor act, float alpha) -> ()");
 }
 
 namespace {
@@ -38,7 +40,16 @@ PyObject* cpu_isas(PyObject*, PyObject*) {
   return names;
 }
 
-PyMethodDef methods[] = {{"cpu_isas", cpu_isas, METH_NOARGS,
+// given by the build: "sm_80,sm_90,compute_90", or nothing where there are no CUDA kernels
+#ifndef HYPERINF_CUDA_ARCHS
+#define HYPERINF_CUDA_ARCHS ""
+#endif
+
+PyObject* cuda_archs(PyObject*, PyObject*) { return PyUnicode_FromString(HYPERINF_CUDA_ARCHS); }
+
+PyMethodDef methods[] = {{"cuda_archs", cuda_archs, METH_NOARGS,
+                          "Architectures of the CUDA kernels, separated by commas."},
+                         {"cpu_isas", cpu_isas, METH_NOARGS,
                           "Compiled instruction sets this processor runs, best first."},
                          {nullptr, nullptr, 0, nullptr}};
 

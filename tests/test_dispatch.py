@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import warnings
 
 import pytest
 import torch
 
 import hyperinf_kernels as hk
 from hyperinf_kernels.ops import dispatch
-from hyperinf_kernels.ops.dispatch import Capability, Kernel, TensorMeta, select
+from hyperinf_kernels.ops.dispatch import Capability, Kernel, Plan, TensorMeta, select
 
 CPU = (TensorMeta((4, 8), torch.float32, "cpu", (8, 1)),)
 CUDA = (TensorMeta((4, 8), torch.float32, "cuda", (8, 1)),)
@@ -120,10 +121,148 @@ def test_a_backend_asked_for_falls_back_unless_strict(monkeypatch: pytest.Monkey
 def test_each_op_and_backend_is_logged_once(
     caplog: pytest.LogCaptureFixture, plain_torch: None
 ) -> None:
-    dispatch._log_once.cache_clear()
+    dispatch._used.clear()
     G = torch.randn(3, 4)
     with caplog.at_level(logging.INFO, logger="hyperinf_kernels"):
         for _ in range(3):
             hk.sherman_morrison(G, G, 0.1)
     lines = [record.getMessage() for record in caplog.records]
     assert lines == ["sherman_morrison runs on torch (reference.sherman_morrison; first choice)"]
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_autocast_changes_no_result(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYPERINF_BACKEND", backend)
+    delta, act = torch.randn(3, 5, 40), torch.randn(3, 5, 33)
+    K = torch.zeros(3, 3)
+    plain = [hk.per_sample_grad(delta, act), hk.gram_accumulate_(K.clone(), act.flatten(1))]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = [hk.per_sample_grad(delta, act), hk.gram_accumulate_(K.clone(), act.flatten(1))]
+    for one, other in zip(plain, cast, strict=True):
+        assert torch.equal(one, other)
+
+
+# --- invented machines --------------------------------------------------------------------------
+
+ARCHS = ("sm_80", "sm_90", "sm_100", "compute_100")
+NO_TRITON = {"triton": "triton is not installed"}
+NOT_BUILT = {"cpu": "not built (reinstall)", "cuda": "not built (reinstall)", **NO_TRITON}
+BF16 = TensorMeta((4, 8, 16), torch.bfloat16, "cuda", (128, 16, 1))
+ROWS = TensorMeta((4, 64), torch.float32, "cpu", (64, 1))
+
+
+@pytest.mark.parametrize(
+    ("device", "archs", "arch"),
+    [
+        ((8, 0), ARCHS, "sm_80"),
+        ((8, 6), ARCHS, "sm_80"),
+        ((9, 0), ARCHS, "sm_90"),
+        ((10, 0), ARCHS, "sm_100"),
+        ((12, 0), ARCHS, "compute_100"),
+        ((9, 0), ("sm_80", "compute_80"), "compute_80"),
+        ((9, 0), ("sm_80", "compute_100"), None),
+        ((7, 5), ARCHS, None),
+    ],
+)
+def test_cuda_kernels_run_where_a_built_architecture_serves(
+    device: tuple[int, int], archs: tuple[str, ...], arch: str | None
+) -> None:
+    machine = Capability(NO_TRITON, cuda=device, cuda_archs=archs, isas=("avx512", "portable"))
+    plan = select("per_sample_grad", (BF16, BF16), machine)
+    if arch:
+        assert plan[:3] == ("cuda", "cuda.per_sample_grad", {"arch": arch})
+        assert plan.reason.startswith("triton: ")
+    else:
+        assert plan.backend == "torch"
+        number = "{}{}".format(*device)
+        assert f"this device is sm_{number}" in plan.reason
+        assert f"HYPERINF_CUDA_ARCHS={number}" in plan.reason
+
+
+@pytest.mark.parametrize(
+    ("machine", "backend", "config"),
+    [
+        (Capability(NO_TRITON, isas=("avx512", "avx2", "portable")), "cpu", {"isa": "avx512"}),
+        (Capability(NO_TRITON, isas=("avx2", "portable")), "cpu", {"isa": "avx2"}),
+        (Capability(NOT_BUILT), "torch", {}),
+    ],
+    ids=["avx512", "avx2 only", "no extension"],
+)
+def test_plans_name_the_instruction_set(
+    machine: Capability, backend: str, config: dict[str, str]
+) -> None:
+    plan = select("sherman_morrison", (ROWS, ROWS), machine)
+    assert (plan.backend, plan.config) == (backend, config)
+    if backend == "torch":
+        assert plan.reason == "cpu: not built (reinstall)"
+
+
+def test_no_extension_leaves_cuda_tensors_to_torch_with_the_reason() -> None:
+    machine = Capability(NOT_BUILT, cuda=(9, 0))
+    plan = select("per_sample_norm_sq", (BF16, BF16), machine)
+    assert plan.backend == "torch"
+    assert "cuda: not built (reinstall)" in plan.reason
+
+
+@pytest.mark.parametrize(
+    ("op", "metas", "reason"),
+    [
+        ("per_sample_grad", (BF16._replace(dtype=torch.float64),) * 2, "not float64"),
+        ("per_sample_grad", (BF16._replace(requires_grad=True), BF16), "no backward"),
+        ("gfim_accumulate_", (BF16._replace(dtype=torch.float32), BF16), "vendor library's"),
+        ("gfim_accumulate_", (BF16, BF16, BF16), "sums are float32, not bfloat16"),
+    ],
+    ids=["fp64", "gradients", "formed", "bf16 sum"],
+)
+def test_what_the_cuda_kernels_refuse(op: str, metas, reason: str) -> None:
+    plan = select(op, metas, Capability(NO_TRITON, cuda=(9, 0), cuda_archs=ARCHS))
+    assert plan.backend == "torch"
+    assert reason in plan.reason
+
+
+def test_a_kernel_may_need_more_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hopper(machine: Capability) -> str | None:
+        return None if machine.cuda and machine.cuda >= (9, 0) else "needs sm_90 or later"
+
+    table = {
+        "triton": Kernel("triton.probe", lambda *args: args, needs=hopper),
+        "torch": Kernel("torch.probe", lambda *args: args),
+    }
+    monkeypatch.setitem(dispatch.KERNELS, "probe", table)
+    assert select("probe", CUDA, Capability(cuda=(9, 0))).backend == "triton"
+    plan = select("probe", CUDA, Capability(cuda=(8, 0)))
+    assert plan[:2] == ("torch", "torch.probe")
+    assert plan.reason == "triton: needs sm_90 or later; cuda: no cuda kernel for probe"
+
+
+def test_the_environment_chooses_and_strict_mode_refuses_what_is_slow() -> None:
+    machine = Capability({**NO_TRITON, "cuda": "no kernels"}, cuda=(9, 0), isas=("avx512",))
+    metas = (BF16, BF16)
+    plan, slow = dispatch.resolve("per_sample_grad", metas, machine, {})
+    assert (plan.backend, slow) == ("torch", True)
+    _, slow = dispatch.resolve("per_sample_grad", metas, machine, {"HYPERINF_BACKEND": "torch"})
+    assert not slow
+    with pytest.raises(hk.BackendError, match="fall back to plain torch: .*cuda: no kernels"):
+        dispatch.resolve("per_sample_grad", metas, machine, {"HYPERINF_STRICT": "1"})
+    plan, _ = dispatch.resolve("sherman_morrison", (ROWS, ROWS), machine,
+                               {"HYPERINF_CPU_ISA": "avx2", "HYPERINF_STRICT": "1"})  # fmt: skip
+    assert plan.config == {"isa": "avx2"}
+
+
+def test_one_warning_per_op_and_one_line_per_backend(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(dispatch, "_warned", set())
+    monkeypatch.setattr(dispatch, "_used", {})
+    with pytest.warns(RuntimeWarning, match="per_sample_dot: a CUDA tensor runs in plain torch"):
+        dispatch._warn_once("per_sample_dot", "cuda: one reason")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dispatch._warn_once("per_sample_dot", "cuda: another reason")
+    with caplog.at_level(logging.INFO, logger="hyperinf_kernels"):
+        for backend, reason in (("torch", "a"), ("torch", "b"), ("cpu", "c"), ("cpu", "d")):
+            dispatch._log_once("per_sample_dot", Plan(backend, f"{backend}.k", {}, reason))
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines == [
+        "per_sample_dot runs on torch (torch.k; a)", "per_sample_dot runs on cpu (cpu.k; c)"
+    ]  # fmt: skip

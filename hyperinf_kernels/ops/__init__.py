@@ -1,6 +1,7 @@
 """The Python face of every kernel: checked arguments, documented formulas, chosen backends."""
 
 from . import cpu as cpu
+from . import cuda as cuda
 from . import reference as reference
 from .accumulate import gfim_accumulate_, gram_accumulate_
 from .dispatch import BackendError, Plan, explain, trace_backends

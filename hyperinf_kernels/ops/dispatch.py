@@ -7,20 +7,19 @@ and the request, so the whole policy is unit-tested without the hardware it desc
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import native
+from .capability import Capability as Capability
+from .capability import capability as capability
 
 log = logging.getLogger("hyperinf_kernels")
 
@@ -61,19 +60,20 @@ class TensorMeta(NamedTuple):
         )
 
 
-@dataclass(frozen=True)
-class Capability:
-    """What this machine has. `missing` maps a backend to the reason it cannot be used at all."""
-
-    missing: Mapping[str, str] = field(default_factory=dict)
+def _nothing(_: Any) -> None:
+    return None
 
 
 class Kernel(NamedTuple):
-    """One implementation of an op. `refuse` returns the reason it cannot take these tensors."""
+    """One implementation of an op, and what it cannot do; each test returns a reason or None.
+
+    `refuse` sees the tensors' metadata, `needs` the machine; both are pure.
+    """
 
     name: str
     run: Callable[..., Any]
-    refuse: Callable[[tuple[TensorMeta, ...]], str | None]
+    refuse: Callable[[tuple[TensorMeta, ...]], str | None] = _nothing
+    needs: Callable[[Capability], str | None] = _nothing
 
 
 KERNELS: dict[str, dict[str, Kernel]] = {}
@@ -84,30 +84,21 @@ SHARED = {"schulz_inverse": "schulz", "schulz_solve": "schulz"}
 def implements(
     op: str,
     backend: str = "torch",
-    refuse: Callable[[tuple[TensorMeta, ...]], str | None] = lambda metas: None,
+    refuse: Callable[[tuple[TensorMeta, ...]], str | None] = _nothing,
+    needs: Callable[[Capability], str | None] = _nothing,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register the decorated function as `backend`'s kernel for `op`."""
+    """Register the decorated function as `backend`'s kernel for `op`.
+
+    `refuse(metas)` gives the reason why the kernel cannot take tensors with this metadata, and
+    `needs(machine)` the reason why this machine cannot run it; None means that it can.
+    """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
-        KERNELS.setdefault(op, {})[backend] = Kernel(name, function, refuse)
+        KERNELS.setdefault(op, {})[backend] = Kernel(name, function, refuse, needs)
         return function
 
     return register
-
-
-@functools.cache
-def capability() -> Capability:
-    """Probe this machine once; each absent backend keeps its reason and remedy."""
-    missing = {}
-    if importlib.util.find_spec("triton") is None:
-        missing["triton"] = "triton is not installed (pip install 'hyperinf_kernels[triton]')"
-    elif not torch.cuda.is_available():
-        missing["triton"] = "no CUDA device is visible"
-    unbuilt = native.missing()
-    if unbuilt:
-        missing["cpu"] = unbuilt
-    return Capability(missing)
 
 
 def select(
@@ -137,55 +128,87 @@ def select(
         kernel = KERNELS[op].get(backend)
         if kernel is None:
             refusal: str | None = f"no {backend} kernel for {op}"
-        elif backend != "torch" and backend in machine.missing:
-            refusal = machine.missing[backend]
+        elif (lack := machine.lacks(backend) or kernel.needs(machine)) is not None:
+            refusal = lack
         elif backend != "torch" and backend not in PREFERENCE.get(device, ()):
             refusal = f"{backend} kernels do not take {device} tensors"
         else:
             refusal = kernel.refuse(metas)
         if refusal is None and kernel is not None:
             reason = "; ".join(f"{b}: {why}" for b, why in refusals) or "first choice"
-            return Plan(backend, kernel.name, {}, reason)
+            return Plan(backend, kernel.name, machine.settings(backend), reason)
         refusals.append((backend, str(refusal)))
     raise BackendError(f"{op}: no backend can run it: {refusals}")
 
 
-def _plan(op: str, tensors: tuple[Tensor, ...]) -> Plan:
-    requested = os.environ.get("HYPERINF_BACKEND", "auto")
-    plan = select(op, tuple(map(TensorMeta.of, tensors)), capability(), requested)
-    asked_for_other = requested not in ("auto", plan.backend)
-    slow_device = plan.backend == "torch" and any(t.is_cuda for t in tensors)
-    if os.environ.get("HYPERINF_STRICT", "0") == "1" and (
-        asked_for_other or (slow_device and requested == "auto")
+def resolve(
+    op: str,
+    metas: tuple[TensorMeta, ...],
+    machine: Capability,
+    environment: Mapping[str, str],
+) -> tuple[Plan, bool]:
+    """`select` with the settings of the environment, and whether the plan is a slow fallback.
+
+    Slow is a CUDA tensor in plain torch that nobody asked for.
+
+    Raises:
+        BackendError: as `select`, or HYPERINF_STRICT=1 and the plan is not what was wanted.
+    """
+    requested = environment.get("HYPERINF_BACKEND", "auto")
+    isa = environment.get("HYPERINF_CPU_ISA")
+    if isa:
+        machine = replace(machine, isas=(isa,))
+    plan = select(op, metas, machine, requested)
+    on_cuda = any(meta.device == "cuda" for meta in metas)
+    slow = requested == "auto" and plan.backend == "torch" and on_cuda
+    if environment.get("HYPERINF_STRICT", "0") == "1" and (
+        slow or requested not in ("auto", plan.backend)
     ):
         raise BackendError(f"{op} would fall back to plain torch: {plan.reason}")
-    if slow_device and requested == "auto":
-        _warn_once(f"{op}: a CUDA tensor runs in plain torch ({plan.reason})")
+    return plan, slow
+
+
+def _plan(op: str, tensors: tuple[Tensor, ...]) -> Plan:
+    plan, slow = resolve(op, tuple(map(TensorMeta.of, tensors)), capability(), os.environ)
+    if slow:
+        _warn_once(op, plan.reason)
     return plan
 
 
-@functools.cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=4)
-
-
-@functools.cache
-def _log_once(op: str, plan_text: str) -> None:
-    log.info("%s runs on %s", op, plan_text)
-
-
-_traces: list[list[Plan]] = []
+# an op is warned of once, and logged once per backend, whatever the reasons of later calls
+_warned: set[str] = set()
 _used: dict[str, set[str]] = {}
+_traces: list[list[Plan]] = []
+
+
+def _warn_once(op: str, reason: str) -> None:
+    if op in _warned:
+        return
+    _warned.add(op)
+    message = f"{op}: a CUDA tensor runs in plain torch ({reason})"
+    warnings.warn(message, RuntimeWarning, stacklevel=5)
+
+
+def _log_once(op: str, plan: Plan) -> None:
+    used = _used.setdefault(op, set())
+    if plan.backend not in used:
+        used.add(plan.backend)
+        log.info("%s runs on %s (%s; %s)", op, plan.backend, plan.kernel, plan.reason)
 
 
 def call(op: str, tensors: tuple[Tensor, ...], *args: Any, **kwargs: Any) -> Any:
-    """Run `op`: the chosen kernel is called with `*tensors, *args, **kwargs`."""
+    """Run `op`, outside autocast: the chosen kernel gets `*tensors, *args, **kwargs`."""
     plan = _plan(op, tensors)
     for trace in _traces:
         trace.append(plan)
-    _used.setdefault(op, set()).add(plan.backend)
-    _log_once(op, f"{plan.backend} ({plan.kernel}; {plan.reason})")
-    return KERNELS[op][plan.backend].run(*tensors, *args, **kwargs)
+    _log_once(op, plan)
+    run = KERNELS[op][plan.backend].run
+    device = tensors[0].device.type if tensors else "cpu"
+    # the inputs' dtypes decide: autocast would round the sums of whatever is written in torch
+    if device in PREFERENCE and torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return run(*tensors, *args, **kwargs)
+    return run(*tensors, *args, **kwargs)
 
 
 def explain(op: str, *tensors: Tensor) -> Plan:

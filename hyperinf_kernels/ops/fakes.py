@@ -47,3 +47,8 @@ def schulz(A: Tensor, start: Tensor, coefficients: Tensor, degrees: list[int]) -
 @torch.library.register_fake("hyperinf::spd_inverse")  # type: ignore[untyped-decorator]
 def spd_inverse(A: Tensor, check: bool = False) -> tuple[Tensor, Tensor]:
     return A.new_empty(A.shape), A.new_empty(A.shape[:1], dtype=torch.int32)
+
+
+@torch.library.register_fake("hyperinf::gfim_accumulate_")  # type: ignore[untyped-decorator]
+def gfim_accumulate_(C: Tensor, delta: Tensor, act: Tensor, alpha: float) -> None:
+    return None

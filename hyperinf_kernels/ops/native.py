@@ -6,17 +6,19 @@ import functools
 import importlib
 import os
 import re
+from typing import Any
 
 import torch
 
 REMEDY = "reinstall with pip install --no-build-isolation, a C++20 compiler and torch >= 2.10"
+CUDA_REMEDY = "reinstall with HYPERINF_CUDA=1 and nvcc on PATH or in CUDA_HOME"
 
 
 @functools.cache
 def missing() -> str | None:
     """Load the extension on the first call; None when it serves, otherwise the reason it cannot."""
     if os.environ.get("HYPERINF_CPU", "auto") == "0":
-        return "turned off by HYPERINF_CPU=0"
+        return "turned off by HYPERINF_CPU=0 (unset it)"
     if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < (2, 10):
         return f"the compiled kernels need torch 2.10 or later, this is {torch.__version__}"
     try:
@@ -34,3 +36,28 @@ def isas() -> tuple[str, ...]:
     if missing():
         return ()
     return tuple(importlib.import_module("hyperinf_kernels._C").cpu_isas())
+
+
+def cuda_archs() -> tuple[str, ...]:
+    """What the CUDA kernels were built for, as "sm_80" or "compute_90"; empty without them."""
+    if missing():
+        return ()
+    names = importlib.import_module("hyperinf_kernels._C").cuda_archs()
+    return tuple(filter(None, names.split(",")))
+
+
+def no_cuda() -> str:
+    """Why the extension has no CUDA kernels, with the remedy."""
+    facts = build_info()
+    reason = facts if isinstance(facts, str) else facts["no_cuda"]
+    return f"{reason} ({CUDA_REMEDY})"
+
+
+def build_info() -> dict[str, Any] | str:
+    """How the extension was made: compiler, flags, ISAs, architectures; or why nothing tells."""
+    if missing():
+        return str(missing())
+    try:
+        return dict(importlib.import_module("hyperinf_kernels._build").build_info())
+    except ImportError:
+        return "hyperinf_kernels._build was not built for this Python (pip install pybind11 first)"
