@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..gradients import Loss, find_blocks, make_loss
-from ..solvers import BlockReport, Damping, Solver, make_solver
-from ..solvers.flat import FlatSolver
+from ..solvers import BlockReport, Damping, FlatSolver, Solver, make_solver
 from . import saved
 from .influence import sum_blocks
 from .scores import DensePanel, Id, InfluenceScores, TopKPanel, block_scores
@@ -145,20 +144,14 @@ class Attributor:
                 parts[name].append(grad)
         queries = {name: torch.cat(parts.pop(name)) for name in list(parts)}
         self.seconds["query gradients"] = time.perf_counter() - start
-        start = time.perf_counter()
-        applied = self.solver.apply(queries)
-        self.seconds["solve"] = time.perf_counter() - start
-        start = time.perf_counter()
         count = len(query_ids)
         panel = DensePanel(count) if top_k is None else TopKPanel(count, top_k)
         split: dict[str, list[Tensor]] = {name: [] for name in self.shapes}
-        for ids, grads in self._training(train_loader):
-            scores = block_scores(applied, grads)
+        for ids, scores in self._scored(queries, train_loader):
             panel.add(ids, sum_blocks(scores))
             if per_block:
                 for name, part in scores.items():
                     split[name].append(part.cpu())
-        self.seconds["score"] = time.perf_counter() - start
         return InfluenceScores(
             **panel.finish(),
             query_ids=query_ids,
@@ -180,16 +173,10 @@ class Attributor:
             train_loader: as in `score`; ids are `train_ids` for the fitted training set.
         """
         self._check_fitted()
-        values: list[Tensor] = []
-        for _, grads in _grouped(self._training(train_loader)):
-            applied = self.solver.apply(grads)
-            total: Tensor | None = None
-            for name, W in applied.items():
-                part = -(W * grads[name].to(W.dtype)).sum((1, 2))
-                total = part if total is None else total + part
-            assert total is not None
-            values.append(total.cpu())
-        return torch.cat(values)
+        if isinstance(self.solver, FlatSolver) and self._is_fitted_set(train_loader):
+            return self.solver.own_influence().cpu()
+        groups = _grouped(self._training(train_loader))
+        return torch.cat([self.solver.self_influence(grads).cpu() for _, grads in groups])
 
     def report(self) -> list[BlockReport]:
         """One entry per block, over everything applied since `fit`."""
@@ -264,11 +251,32 @@ class Attributor:
             self.model, loader, self.loss, self.blocks, stage, self.progress, verify
         )
 
+    def _scored(
+        self, queries: Gradients, loader: Iterable[Any] | None
+    ) -> Iterator[tuple[list[Id], dict[str, Tensor]]]:
+        """(training ids, scores per block), all at once where the solver holds the rows."""
+        start = time.perf_counter()
+        if isinstance(self.solver, FlatSolver) and self._is_fitted_set(loader):
+            scores = self.solver.scores(queries)
+            self.seconds["solve"] = time.perf_counter() - start
+            self.seconds["score"] = 0.0
+            yield self.train_ids, scores
+            return
+        applied = self.solver.apply(queries)
+        self.seconds["solve"] = time.perf_counter() - start
+        start = time.perf_counter()
+        for ids, grads in self._training(loader):
+            yield ids, block_scores(applied, grads)
+        self.seconds["score"] = time.perf_counter() - start
+
+    def _is_fitted_set(self, loader: Iterable[Any] | None) -> bool:
+        return loader is None or loader is self._fitted
+
     def _training(self, loader: Iterable[Any] | None) -> Iterator[tuple[list[Id], Gradients]]:
-        if loader is not None and loader is not self._fitted:
+        if loader is not None and not self._is_fitted_set(loader):
             yield from self._gradients(loader, "train")
             return
-        rows = self.solver.rows if isinstance(self.solver, FlatSolver) else None
+        rows = self.solver.kept
         if rows is None and self._cache is not None and not self._cache.full:
             rows = self._cache.rows
         if rows is not None:

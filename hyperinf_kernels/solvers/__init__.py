@@ -16,6 +16,7 @@ from .damping import (
 )
 from .datainf import DataInf
 from .exact import Exact
+from .flat import FlatSolver
 from .grad_dot import GradDot
 from .hyperinf import HyperINF
 from .lissa import LiSSA
@@ -56,6 +57,7 @@ __all__ = [
     "DataInf",
     "DataInfDamping",
     "Exact",
+    "FlatSolver",
     "GradDot",
     "GradientRows",
     "Gradients",

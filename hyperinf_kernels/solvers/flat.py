@@ -2,27 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Self
 
+import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .base import Solver
-from .rows import GradientRows
+from ..ops.checks import accumulation_dtype
+from .base import Gradients, Solver, check_shapes, sum_square
+from .damping import DEFAULT_DAMPING, Damping
+from .gram import BlockGram, Span, seen_residual
+from .report import RESIDUAL_LIMIT, Outcome, angle, precision_of
+from .rows import GradientRows, Scratch
+
+EPS32 = torch.finfo(torch.float32).eps
+FINE_GRAM = 0.1  # fp32 rounding over damping at which refinement would no longer contract
+GRAM_BYTES = 2**30  # Gram matrices kept for later calls; above, only the latest block's
+GROUP_ROWS = 512  # training rows whose own influence is worked out together
 
 
 class FlatSolver(Solver):
-    """A solver of W (H + lambda I) = V with rows P (n, D), D = r d, per block."""
+    """A solver of W (H + lambda I) = V with rows P (n, D), D = r d, per block.
+
+    Where n < D the work is done in Gram space (see `gram`): `apply` on n x n matrices, and
+    `scores`, the influence of the kept rows themselves, without forming W at all.
+
+    Args:
+        damping: as for every solver.
+        folder: keep the rows in mapped files under this folder instead of memory; they are removed
+            with the solver. None: in memory.
+    """
+
+    def __init__(
+        self,
+        damping: Damping | float = DEFAULT_DAMPING,
+        *,
+        folder: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self.folder = None if folder is None else Path(folder)
+        super().__init__(damping)
 
     def reset(self) -> None:
         super().reset()
         self.rows: dict[str, GradientRows] = {}
+        self._grams: dict[str, BlockGram] = {}
+        self._scratch = None if self.folder is None else Scratch(self.folder)
+
+    @property
+    def kept(self) -> Mapping[str, GradientRows]:
+        return self.rows
 
     def _keep(self, name: str, batch: Tensor, copy: bool) -> None:
         flat = batch.flatten(1)
         if copy and flat.data_ptr() == batch.data_ptr():
             flat = flat.clone()
-        self.rows.setdefault(name, GradientRows(flat.shape[1])).append(flat)
+        self._rows_of(name, flat.shape[1]).append(flat)
+
+    def _rows_of(self, name: str, width: int) -> GradientRows:
+        return self.rows.setdefault(name, GradientRows(width, self._scratch))
 
     def _fit_block(self, name: str, lam: float) -> None:
         if lam <= 0 and self.blocks[name].sum_square > 0:
@@ -32,18 +72,141 @@ class FlatSolver(Solver):
                 "is singular"
             )
 
+    def scores(self, queries: Gradients) -> dict[str, Tensor]:
+        """Influence of the kept training rows on queries, `-<W_q, g_k>` per block.
+
+        Args:
+            queries: {block: (m, r, d)}, the fitted blocks.
+
+        Returns:
+            {block: (m, n)} in fp32 (fp64 for fp64 input).
+
+        Raises:
+            InputError: as `apply`.
+        """
+        if not self.lambdas:
+            self.fit()
+        check_shapes(queries, {name: s.shape for name, s in self.blocks.items()}, "query")
+        for name, batch in queries.items():
+            sum_square(name, batch, "query")
+        return {
+            name: self.block_scores(name, V.flatten(1).to(accumulation_dtype(V)))
+            for name, V in queries.items()
+        }
+
+    def block_scores(self, name: str, V: Tensor, L: Tensor | None = None) -> Tensor:
+        """`scores` of one fitted block for flattened queries V (m, D).
+
+        Args:
+            L: V P^T (m, n) where the caller has it.
+        """
+        rows = self.rows[name]
+        if not len(V):
+            return torch.zeros(0, rows.n, dtype=V.dtype, device=V.device)
+        if rows.n < rows.width:
+            L = rows.dots(V) if L is None else L
+            S, outcome = self._gram_scores(name, V, L)
+        else:
+            # the D x D side is the smaller one
+            W, outcome = self._solve(name, V.view(len(V), *self.blocks[name].shape))
+            S = -rows.dots(W.flatten(1))
+            L = rows.dots(V) if L is None else L
+        if not bool(torch.isfinite(S).all()):
+            raise InputError(
+                f"block {name}: {self.method} gave NaN or inf "
+                f"({outcome.fallback or 'check damping and the scale of the gradients'})"
+            )
+        self._record(name, self.blocks[name], outcome, angle(-L, S))
+        return S
+
+    def own_influence(self) -> Tensor:
+        """influence[k, k] of every kept training row, (n,), summed over blocks.
+
+        In Gram space, so after K = P P^T it costs n x n algebra and one reading of P per 512 rows.
+        """
+        if not self.lambdas:
+            self.fit()
+        total: Tensor | None = None
+        for name in self.blocks:
+            parts = [S[:, part].diagonal() for part, S in self._own_scores(name)]
+            total = torch.cat(parts) if total is None else total + torch.cat(parts)
+        if total is None:
+            raise InputError("there are no training gradients: update() was given zero rows")
+        return total
+
+    def _own_scores(self, name: str) -> Iterator[tuple[slice, Tensor]]:
+        """(rows, their scores on themselves and all others) in groups."""
+        rows = self.rows[name]
+        small = rows.n < rows.width
+        for part, chunk in rows.chunks():
+            start = part.start
+            for group in chunk.split(GROUP_ROWS):
+                own = slice(start, start + len(group))
+                V = group.to(accumulation_dtype(group))
+                L = self.gram(name).K[own].to(V.dtype) if small else None
+                yield own, self.block_scores(name, V, L)
+                start = own.stop
+
+    def gram(self, name: str) -> BlockGram:
+        """K of a fitted block, formed once: fp32, or fp64 where the damping asks for it."""
+        rows = self.rows[name]
+        bound = self._condition_bound(name) or float("inf")
+        fine = torch.float64 if bound * EPS32 > FINE_GRAM else None
+        held = self._grams.get(name)
+        if held is None or held.n != rows.n or (fine is not None and held.K.dtype != fine):
+            size = rows.n**2 * 4
+            if size * len(self.blocks) > GRAM_BYTES:
+                self._grams.clear()
+            for other in self._grams.values():
+                other.drop_factors()
+            held = self._grams[name] = BlockGram(name, rows, rows.gram(fine))
+        return held
+
+    def _gram_scores(self, name: str, V: Tensor, L: Tensor) -> tuple[Tensor, Outcome]:
+        """S (m, n) for V (m, D), L (m, n), by the method's `_span`, judged through P in fp64."""
+        lam = self.lambdas[name]
+        gram = self.gram(name)
+        span = self._span(gram, V, L.double(), lam)
+        S = span.scores
+        if S is None:
+            S = -(span.a * L.double() + gram.image(span.B))
+        S = S.to(V.dtype)
+        _, residual = seen_residual(self.rows[name], V, S, lam)
+        return S, self._judged(name, residual, span.iterations, precision_of(gram.K))
+
+    def _span(self, gram: BlockGram, V: Tensor, L: Tensor, lam: float) -> Span:
+        """The method in Gram space; V (m, D) serves for norms only, L (m, n) is fp64."""
+        raise NotImplementedError
+
+    def _judged(self, name: str, residual: float, iterations: int, precision: str) -> Outcome:
+        """An outcome of a solve to 1e-3."""
+        return Outcome(
+            precision=precision,
+            condition_bound=self._condition_bound(name),
+            products=1,
+            iterations=iterations,
+            residual=residual,
+            converged=residual <= RESIDUAL_LIMIT,
+        )
+
     def _residual(self, name: str, V: Tensor, W: Tensor) -> Tensor:
         """V - W (H + lambda I) in fp64, (m, D)."""
         rows, lam = self.rows[name], self.lambdas[name]
         W64 = W.double()
         return V.double() - lam * W64 - rows.combine(rows.dots(W64)) / rows.n
 
+    def _merge(self, other: Self) -> None:
+        for name, theirs in other.rows.items():
+            mine = self._rows_of(name, theirs.width)
+            for _, chunk in theirs.chunks():
+                mine.append(chunk if theirs.scratch is None else chunk.clone())
+
     def _tensors(self) -> dict[str, Tensor]:
         return {name: rows.tensor() for name, rows in self.rows.items()}
 
     def _take_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():
-            self.rows[name] = GradientRows(tensor.shape[1])
+            self.rows[name] = GradientRows(tensor.shape[1], self._scratch)
             self.rows[name].append(tensor)
 
 
