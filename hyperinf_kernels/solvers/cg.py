@@ -106,8 +106,7 @@ class CG(FlatSolver):
         return Space(start, metric, operator)
 
     def _primal_space(self, name: str, V: Tensor) -> Space:
-        rows, lam = self.rows[name], self.lambdas[name]
-        H = rows.second_moment() / rows.n
+        lam, H = self.lambdas[name], self.moment(name)
         return Space(V, lambda x: x, lambda x, m: lam * x + x @ H)
 
     def _steps(self, space: Space) -> tuple[Tensor, int]:

@@ -29,12 +29,7 @@ class Exact(FlatSolver):
 
     def reset(self) -> None:
         super().reset()
-        self._primal: tuple[str, int, Tensor] | None = None  # the D x D Fisher formed last
-        self._primal_factor: tuple[str, float, Tensor] | None = None
-
-    def _merge(self, other: Exact) -> None:
-        super()._merge(other)
-        self._primal = self._primal_factor = None
+        self._primal: tuple[str, float, int, Tensor] | None = None  # the latest D x D factor
 
     def _span(self, gram: BlockGram, V: Tensor, L: Tensor, lam: float) -> Span:
         X = gram.solve(L, lam)
@@ -87,36 +82,28 @@ class Exact(FlatSolver):
         """Root mean square eigenvalue of the undamped Fisher."""
         rows = self.rows[name]
         if rows.width <= rows.n:
-            return float(self._moment(name).norm()) / rows.width**0.5
+            return float(self.moment(name).norm()) / rows.width**0.5
         return float(self.gram(name).K.norm()) / rows.n / rows.width**0.5
 
-    def _moment(self, name: str) -> Tensor:
-        """P^T P / n (D, D) in fp64."""
-        rows = self.rows[name]
-        if self._primal is None or self._primal[:2] != (name, rows.n):
-            self._primal = (name, rows.n, rows.second_moment() / rows.n)
-            self._primal_factor = None
-        return self._primal[2]
-
     def _factor(self, name: str) -> Tensor:
-        lam, H = self.lambdas[name], self._moment(name)
-        if self._primal_factor is None or self._primal_factor[:2] != (name, lam):
-            A = H.clone()
-            A.diagonal().add_(lam)
+        key = (name, self.lambdas[name], self.rows[name].n)
+        if self._primal is None or self._primal[:3] != key:
+            A = self.moment(name).clone()
+            A.diagonal().add_(self.lambdas[name])
             factor, info = torch.linalg.cholesky_ex(A)
             if int(info) > 0:
                 raise InputError(
-                    f"block {name}: curvature plus damping {lam:g} is not positive definite in "
-                    "fp64; increase the damping"
+                    f"block {name}: curvature plus damping {self.lambdas[name]:g} is not positive "
+                    "definite in fp64; increase the damping"
                 )
-            self._primal_factor = (name, lam, factor)
-        return self._primal_factor[2]
+            self._primal = (*key, factor)
+        return self._primal[3]
 
     def _half(self, name: str, V: Tensor) -> Tensor:
         rows, lam = self.rows[name], self.lambdas[name]
         flat = V.flatten(1).double()
         if rows.width <= rows.n:
-            mu, U = torch.linalg.eigh(self._moment(name))
+            mu, U = torch.linalg.eigh(self.moment(name))
             root = (flat @ U * (mu.clamp_min(0) + lam).rsqrt()) @ U.mT
         else:
             # (sqrt(n lam / (k + n lam)) - 1) / k without cancellation, also where k = 0

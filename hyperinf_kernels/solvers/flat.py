@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..ops.checks import accumulation_dtype
-from .base import Gradients, Solver, check_shapes, sum_square
+from .base import Solver
 from .damping import DEFAULT_DAMPING, Damping
 from .gram import BlockGram, Span, seen_residual
+from .inputs import Gradients, check_shapes, sum_square
 from .report import RESIDUAL_LIMIT, Outcome, angle, precision_of
 from .rows import GradientRows, Scratch
 
@@ -49,11 +50,22 @@ class FlatSolver(Solver):
         super().reset()
         self.rows: dict[str, GradientRows] = {}
         self._grams: dict[str, BlockGram] = {}
+        self._moments: dict[str, tuple[int, Tensor]] = {}
         self._scratch = None if self.folder is None else Scratch(self.folder)
 
     @property
     def kept(self) -> Mapping[str, GradientRows]:
         return self.rows
+
+    def share(self, other: FlatSolver) -> None:
+        """Work on another solver's rows and Gram matrices, not on copies; for one more `fit`."""
+        self.blocks, self.rows = other.blocks, other.rows
+        self._grams, self._moments = other._grams, other._moments
+
+    def forget_grams(self) -> None:
+        """Free all n x n and D x D matrices; they are formed anew when needed."""
+        self._grams.clear()
+        self._moments.clear()
 
     def _keep(self, name: str, batch: Tensor, copy: bool) -> None:
         flat = batch.flatten(1)
@@ -161,6 +173,14 @@ class FlatSolver(Solver):
                 other.drop_factors()
             held = self._grams[name] = BlockGram(name, rows, rows.gram(fine))
         return held
+
+    def moment(self, name: str) -> Tensor:
+        """H = P^T P / n (D, D) in fp64; kept for the block asked for last."""
+        rows = self.rows[name]
+        if name not in self._moments or self._moments[name][0] != rows.n:
+            self._moments.clear()
+            self._moments[name] = (rows.n, rows.second_moment() / rows.n)
+        return self._moments[name][1]
 
     def _gram_scores(self, name: str, V: Tensor, L: Tensor) -> tuple[Tensor, Outcome]:
         """S (m, n) for V (m, D), L (m, n), by the method's `_span`, judged through P in fp64."""

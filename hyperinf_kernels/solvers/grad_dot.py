@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import Gradients, Solver
+from .base import Solver
+from .inputs import Gradients
 from .report import Outcome
 from .rows import squares
 

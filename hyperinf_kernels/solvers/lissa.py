@@ -59,7 +59,7 @@ class LiSSA(FlatSolver):
             span = self._span(self.gram(name), flat, rows.dots(flat), lam)
             W, steps = span.a * flat + rows.combine(span.B), span.iterations
         else:
-            W, steps = self._primal_steps(flat, rows.second_moment() / rows.n, lam)
+            W, steps = self._primal_steps(flat, self.moment(name), lam)
         delivered = W.to(V.dtype)
         residual = relative(self._residual(name, flat, delivered), flat)
         return delivered.view_as(V), self._judged(name, residual, steps, "fp64")
