@@ -23,7 +23,6 @@ from .lissa import LiSSA
 from .report import BlockReport
 
 FLAT: dict[str, type[FlatSolver]] = {cls.method: cls for cls in (DataInf, Exact, CG, LiSSA)}
-KNOWN = ("grad_dot", *FLAT)
 # measured at n = 900: one fp64 eigendecomposition takes as long as this many Cholesky factors
 EIGH_PAYS = 40
 
@@ -123,12 +122,10 @@ class GramEngine:
         if method == "grad_dot":
             yield None
             return
-        if isinstance(method, Solver) and not isinstance(method, FlatSolver):
-            raise ValueError(
-                f"{method.method} has no Gram form; known: grad_dot, {', '.join(FLAT)}"
-            )
-        if isinstance(method, str) and method not in FLAT:
-            raise ValueError(f"{method!r} has no Gram form, only {', '.join(KNOWN)} have")
+        known = method in FLAT if isinstance(method, str) else isinstance(method, FlatSolver)
+        if not known:
+            name = method.method if isinstance(method, Solver) else repr(method)
+            raise ValueError(f"{name} has no Gram form, only {', '.join(('grad_dot', *FLAT))} have")
         template = FLAT[method]() if isinstance(method, str) else method
         for damping in grid:
             solver = copy.copy(template)

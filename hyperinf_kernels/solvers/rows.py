@@ -167,9 +167,12 @@ def squares(rows: Tensor) -> Tensor:
     whole = rows.shape[1] - rows.shape[1] % RUN
     if rows.dtype == torch.float32 and whole and rows.is_contiguous():
         # norms of short runs in fp32, added in fp64: one reading at the speed of the memory
-        norms = torch.linalg.vector_norm(rows[:, :whole].unflatten(1, (-1, RUN)), dim=2)
-        low, high = float(torch.where(norms == 0, 1.0, norms).min()), float(norms.max())
-        if low > 1 / SAFE and high < SAFE:
+        runs = rows[:, :whole].unflatten(1, (-1, RUN))
+        norms = torch.linalg.vector_norm(runs, dim=2)
+        zero = norms == 0
+        low, high = float(torch.where(zero, 1.0, norms).min()), float(norms.max())
+        # a run of tiny numbers can have the norm 0 in fp32
+        if low > 1 / SAFE and high < SAFE and not bool(runs[zero].any()):
             rest = rows[:, whole:].double().square().sum(1)
             return norms.double().square().sum(1) + rest
     parts = [part.double().square().sum(1) for part in rows.split(32)]
