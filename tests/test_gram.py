@@ -101,8 +101,7 @@ def test_the_certificate_of_scores_is_true(method: str, damping: float, m: int) 
         E = L + S @ (P @ P.T) / 60 + entry.damping * S
         true = float(np.linalg.norm(E) / np.linalg.norm(L))
     if method == "datainf":
-        # the largest error of a few combinations of queries
-        assert true / 4 <= entry.residual <= 8 * true
+        assert true / 2 <= entry.residual <= 4 * true
     else:
         assert true / 2 <= entry.residual <= 2 * true
     assert not entry.converged or true <= 2e-3
@@ -242,6 +241,9 @@ def test_probe_and_image_are_their_products() -> None:
             rows._chunks = list(P.split((30, 7)))
             rows._pending.clear()
         V, B = torch.randn(3, 2500).double(), torch.randn(3, 37).double()
+        Y, KX = rows.sketch(B.mT)
+        torch.testing.assert_close(Y, P.double().mT @ B.mT, rtol=1e-12, atol=1e-9)
+        torch.testing.assert_close(KX, P.double() @ Y, rtol=1e-12, atol=1e-9)
         dots, image = rows.probe(V, B)
         P64 = P.double()
         torch.testing.assert_close(dots, V @ P64.mT, rtol=1e-12, atol=1e-9)

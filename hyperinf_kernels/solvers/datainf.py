@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..ops import explain, sherman_morrison
 from .flat import FlatSolver
-from .gram import probes, rooted
+from .gram import Seen, rooted
 from .report import RESIDUAL_LIMIT, Outcome, precision_of
 
 PROBES = 4
@@ -23,7 +23,7 @@ class DataInf(FlatSolver):
     exact method is not in it; run `method="exact"` to see.
     `scores` of the kept rows are ((1/n) L diag(1 / (lambda + diag K)) K - L) / lambda, by K where
     it is at hand or cheaper (n < 4 m), else by two more products with P; there the residual is the
-    relative error of the scores, measured on random combinations of the queries.
+    relative error of all scores together, measured on random combinations of training rows.
     """
 
     method = "datainf"
@@ -65,8 +65,8 @@ class DataInf(FlatSolver):
             V.dtype
         )
 
-    def _gram_scores(self, name: str, V: Tensor, L: Tensor) -> tuple[Tensor, Outcome]:
-        rows, lam = self.rows[name], self.lambdas[name]
+    def _gram_scores(self, name: str, V: Tensor, seen: Seen) -> tuple[Tensor, Outcome]:
+        rows, lam, L = self.rows[name], self.lambdas[name], seen.L
         by_gram = name in self._grams or rows.n < GRAM_PAYS * len(V)
         gram = self.gram(name) if by_gram else None
         norms_sq = rows.norms_sq() if gram is None else gram.norms_sq
@@ -74,14 +74,13 @@ class DataInf(FlatSolver):
         B = L.double() * weights
         image = rows.image(B.to(V.dtype)) if gram is None else gram.image(B)
         S = ((image - L.double()) / lam).to(V.dtype)
-        error, exact = self._error(name, V, L, B, S, weights)
+        error = self._error(name, seen, S, weights)
         precision = precision_of(S)
         if error > RESIDUAL_LIMIT:
             # fp32 cancels where the damping is small beside the gradients
-            V64 = V.double()
-            L64 = rows.dots(V64)
+            L64 = rows.dots(V.double())
             S = ((rows.image(L64 * weights) - L64) / lam).to(V.dtype)
-            error = _relative(probes(len(V), V.device) @ S.double(), exact)
+            error = self._error(name, Seen(L64, seen.LX), S, weights)
             precision = "fp64"
         return S, Outcome(
             backend=explain("gram_accumulate_", S, V).backend,
@@ -91,26 +90,19 @@ class DataInf(FlatSolver):
             converged=error <= RESIDUAL_LIMIT,
         )
 
-    def _error(
-        self, name: str, V: Tensor, L: Tensor, B: Tensor, S: Tensor, weights: Tensor
-    ) -> tuple[float, Tensor]:
-        """Relative error of Z S against fp64 from P itself, and that value, for a few rows of Z."""
-        rows, lam = self.rows[name], self.lambdas[name]
-        Z = probes(len(V), V.device)
-        coefficients = Z @ B
-        exact_L, image = rows.probe(Z @ V.double(), coefficients)
-        # B came from the rounded L; the rest of its image is one reading of P more, where it counts
-        rest = exact_L * weights - coefficients
-        if float(rest.norm()) > 1e-12 * float(coefficients.norm()):
-            held = self._grams.get(name)
-            image = image + (held.image(rest) if held else rows.image(rest.to(V.dtype)).double())
-        exact = (image - exact_L) / lam
-        return _relative(Z @ S.double(), exact), exact
+    def _error(self, name: str, seen: Seen, S: Tensor, weights: Tensor) -> float:
+        """Relative error of S against the formula in fp64, through the sketch of P.
 
-
-def _relative(got: Tensor, exact: Tensor) -> float:
-    """The largest relative error of a row."""
-    return float(((got - exact).norm(dim=1) / exact.norm(dim=1).clamp_min(1e-300)).max())
+        ((L diag(w)) K X - L X) / lambda is exact but for L diag(w), where the rounded L serves;
+        what its rounding (known through X) does there is added as that of independent errors.
+        """
+        sketch, lam = self.sketch(name), self.lambdas[name]
+        L, weighted = seen.L.double(), weights[:, None] * sketch.image
+        exact = (L @ weighted - seen.LX) / lam
+        gap = (S.double() @ sketch.X - exact).square().sum()
+        rounding = (L @ sketch.X - seen.LX).square().sum()
+        gap = gap + rounding * weighted.square().sum() / sketch.X.square().sum() / lam**2
+        return float((gap / exact.square().sum().clamp_min(1e-300)).sqrt())
 
 
 def _spread_rows(V: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from .damping import DEFAULT_DAMPING, Damping, as_damping
 from .datainf import DataInf
 from .exact import Exact
 from .flat import FlatSolver
+from .gram import Seen
 from .inputs import Gradients, check_shapes, sum_square
 from .lissa import LiSSA
 from .report import BlockReport
@@ -96,9 +97,9 @@ class GramEngine:
         totals: list[Tensor | None] = [None] * len(solvers)
         for name in store.blocks:
             V = queries[name].flatten(1).to(accumulation_dtype(queries[name]))
-            L = store.rows[name].dots(V)
+            seen = store.seen(name, V)
             for i, solver in enumerate(solvers):
-                S = -L if solver is None else self._block(solver, name, V, L, len(grid))
+                S = -seen.L if solver is None else self._block(solver, name, V, seen, len(grid))
                 total = totals[i]
                 totals[i] = S if total is None else total.add_(S)
             store.forget_grams()
@@ -109,11 +110,11 @@ class GramEngine:
             if total is not None
         ]  # fmt: skip
 
-    def _block(self, solver: FlatSolver, name: str, V: Tensor, L: Tensor, dampings: int) -> Tensor:
+    def _block(self, solver: FlatSolver, name: str, V: Tensor, seen: Seen, dampings: int) -> Tensor:
         rows = self._store.rows[name]
         if dampings >= EIGH_PAYS and isinstance(solver, Exact) and rows.n < rows.width:
             solver.gram(name).diagonalise()
-        return solver.block_scores(name, V, L)
+        return solver.block_scores(name, V, seen)
 
     def _solvers(
         self, method: str | FlatSolver, grid: Sequence[Damping]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .flat import FlatSolver, relative
-from .gram import BlockGram, Span, rooted, seen_residual
+from .gram import BlockGram, Seen, Span, rooted, seen_residual
 from .report import Outcome, precision_of
 
 MAX_REFINEMENTS = 5
@@ -35,18 +35,18 @@ class Exact(FlatSolver):
         X = gram.solve(L, lam)
         return Span(1 / lam, X / -lam, scores=-gram.n * X)
 
-    def _gram_scores(self, name: str, V: Tensor, L: Tensor) -> tuple[Tensor, Outcome]:
-        S, outcome = super()._gram_scores(name, V, L)
+    def _gram_scores(self, name: str, V: Tensor, seen: Seen) -> tuple[Tensor, Outcome]:
+        S, outcome = super()._gram_scores(name, V, seen)
         residual = outcome.residual or 0.0
         if residual <= REFINE_ABOVE:
             return S, outcome
         gram, rows, lam = self.gram(name), self.rows[name], self.lambdas[name]
-        E, residual = seen_residual(rows, V, S, lam, every=True)
+        E, residual = seen_residual(rows, V, S, lam)
         S64, refinements = S.double(), 0
         while residual > REFINE_ABOVE and refinements < MAX_REFINEMENTS:
             S64 = S64 - gram.n * gram.solve(E, lam)
             better = S64.to(V.dtype)
-            E, after = seen_residual(rows, V, better, lam, every=True)
+            E, after = seen_residual(rows, V, better, lam)
             if not after < residual:
                 break
             gained = after < residual / 2

@@ -14,7 +14,7 @@ from ..errors import InputError
 from ..ops.checks import accumulation_dtype
 from .base import Solver
 from .damping import DEFAULT_DAMPING, Damping
-from .gram import BlockGram, Span, seen_residual
+from .gram import BlockGram, Seen, Sketch, Span
 from .inputs import Gradients, check_shapes, sum_square
 from .report import RESIDUAL_LIMIT, Outcome, angle, precision_of
 from .rows import GradientRows, Scratch
@@ -51,6 +51,7 @@ class FlatSolver(Solver):
         self.rows: dict[str, GradientRows] = {}
         self._grams: dict[str, BlockGram] = {}
         self._moments: dict[str, tuple[int, Tensor]] = {}
+        self._sketches: dict[str, Sketch] = {}
         self._scratch = None if self.folder is None else Scratch(self.folder)
 
     @property
@@ -61,11 +62,13 @@ class FlatSolver(Solver):
         """Work on another solver's rows and Gram matrices, not on copies; for one more `fit`."""
         self.blocks, self.rows = other.blocks, other.rows
         self._grams, self._moments = other._grams, other._moments
+        self._sketches = other._sketches
 
     def forget_grams(self) -> None:
-        """Free all n x n and D x D matrices; they are formed anew when needed."""
+        """Free the n x n and D x D matrices and sketches; they are formed anew when needed."""
         self._grams.clear()
         self._moments.clear()
+        self._sketches.clear()
 
     def _keep(self, name: str, batch: Tensor, copy: bool) -> None:
         flat = batch.flatten(1)
@@ -106,23 +109,24 @@ class FlatSolver(Solver):
             for name, V in queries.items()
         }
 
-    def block_scores(self, name: str, V: Tensor, L: Tensor | None = None) -> Tensor:
-        """`scores` of one fitted block for flattened queries V (m, D).
+    def seen(self, name: str, V: Tensor) -> Seen:
+        """Flattened queries V (m, D) as the rows of one block see them."""
+        return Seen(self.rows[name].dots(V), V.double() @ self.sketch(name).rows)
 
-        Args:
-            L: V P^T (m, n) where the caller has it.
-        """
+    def block_scores(self, name: str, V: Tensor, seen: Seen | None = None) -> Tensor:
+        """`scores` of one fitted block for flattened queries V (m, D); `seen` where it is known."""
         rows = self.rows[name]
         if not len(V):
             return torch.zeros(0, rows.n, dtype=V.dtype, device=V.device)
         if rows.n < rows.width:
-            L = rows.dots(V) if L is None else L
-            S, outcome = self._gram_scores(name, V, L)
+            seen = self.seen(name, V) if seen is None else seen
+            L = seen.L
+            S, outcome = self._gram_scores(name, V, seen)
         else:
             # the D x D side is the smaller one
             W, outcome = self._solve(name, V.view(len(V), *self.blocks[name].shape))
             S = -rows.dots(W.flatten(1))
-            L = rows.dots(V) if L is None else L
+            L = rows.dots(V) if seen is None else seen.L
         if not bool(torch.isfinite(S).all()):
             raise InputError(
                 f"block {name}: {self.method} gave NaN or inf "
@@ -134,7 +138,7 @@ class FlatSolver(Solver):
     def own_influence(self) -> Tensor:
         """influence[k, k] of every kept training row, (n,), summed over blocks.
 
-        In Gram space, so after K = P P^T it costs n x n algebra and one reading of P per 512 rows.
+        In Gram space, so after K = P P^T it costs n x n algebra.
         """
         if not self.lambdas:
             self.fit()
@@ -155,8 +159,11 @@ class FlatSolver(Solver):
             for group in chunk.split(GROUP_ROWS):
                 own = slice(start, start + len(group))
                 V = group.to(accumulation_dtype(group))
-                L = self.gram(name).K[own].to(V.dtype) if small else None
-                yield own, self.block_scores(name, V, L)
+                seen = None
+                if small:
+                    K = self.gram(name).K[own].to(V.dtype)
+                    seen = Seen(K, self.sketch(name).image[own])
+                yield own, self.block_scores(name, V, seen)
                 start = own.stop
 
     def gram(self, name: str) -> BlockGram:
@@ -174,6 +181,13 @@ class FlatSolver(Solver):
             held = self._grams[name] = BlockGram(name, rows, rows.gram(fine))
         return held
 
+    def sketch(self, name: str) -> Sketch:
+        """What checks of a block's scores need, read from its rows once."""
+        held = self._sketches.get(name)
+        if held is None or held.n != self.rows[name].n:
+            held = self._sketches[name] = Sketch(self.rows[name])
+        return held
+
     def moment(self, name: str) -> Tensor:
         """H = P^T P / n (D, D) in fp64; kept for the block asked for last."""
         rows = self.rows[name]
@@ -182,16 +196,13 @@ class FlatSolver(Solver):
             self._moments[name] = (rows.n, rows.second_moment() / rows.n)
         return self._moments[name][1]
 
-    def _gram_scores(self, name: str, V: Tensor, L: Tensor) -> tuple[Tensor, Outcome]:
-        """S (m, n) for V (m, D), L (m, n), by the method's `_span`, judged through P in fp64."""
-        lam = self.lambdas[name]
-        gram = self.gram(name)
-        span = self._span(gram, V, L.double(), lam)
-        S = span.scores
-        if S is None:
-            S = -(span.a * L.double() + gram.image(span.B))
+    def _gram_scores(self, name: str, V: Tensor, seen: Seen) -> tuple[Tensor, Outcome]:
+        """S (m, n) for V (m, D), by the method's `_span`, judged through P in fp64."""
+        lam, gram, L = self.lambdas[name], self.gram(name), seen.L.double()
+        span = self._span(gram, V, L, lam)
+        S = -(span.a * L + gram.image(span.B)) if span.scores is None else span.scores
         S = S.to(V.dtype)
-        _, residual = seen_residual(self.rows[name], V, S, lam)
+        residual = self.sketch(name).residual(seen.LX, S, lam)
         return S, self._judged(name, residual, span.iterations, precision_of(gram.K))
 
     def _span(self, gram: BlockGram, V: Tensor, L: Tensor, lam: float) -> Span:

@@ -7,6 +7,7 @@ functions of K and L = V P^T alone, so the scores -W P^T = -(a L + B K) need no 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from ..errors import InputError
 from .rows import GradientRows
 
-PROBES = 8
+PROBES = 12  # a norm is off by a factor of two once in 200 even where a single query counts
 
 
 @dataclass(frozen=True)
@@ -83,35 +84,49 @@ class BlockGram:
         self._factor = self._spectrum = None
 
 
-def probes(m: int, device: torch.device) -> Tensor:
-    """Z (s, m) with E ||Z E||^2 = s ||E||^2: every row where m is small, random signs otherwise."""
-    if m <= PROBES:
-        return torch.eye(m, dtype=torch.float64, device=device)
-    generator = torch.Generator().manual_seed(0)
-    signs = torch.randint(0, 2, (PROBES, m), generator=generator, dtype=torch.float64)
-    return (2 * signs - 1).to(device)
+class Seen(NamedTuple):
+    """Queries V as a block's training rows see them, whatever the method and the damping.
 
-
-def seen_residual(
-    rows: GradientRows, V: Tensor, S: Tensor, lam: float, every: bool = False
-) -> tuple[Tensor, float]:
-    """What V - W (H + lambda I) leaves behind as the training rows see it, from S = -W P^T.
-
-    Args:
-        V: (m, D) queries. S: (m, n) scores as delivered.
-        every: all queries, not a few combinations of them with random signs.
-
-    Returns:
-        E = (V - W A) P^T = L + S (K / n + lambda I) of these combinations, fp64 and from P itself,
-        and ||E||_F / ||L||_F.
+    `L` (m, n) is V P^T in V's dtype, `LX` (m, s) its product with a `Sketch`'s X, in fp64 from P
+    and V themselves.
     """
-    m = len(V)
-    Z = torch.eye(m, dtype=torch.float64, device=V.device) if every else probes(m, V.device)
-    V64, S64 = (V.double(), S.double()) if len(Z) == m else (Z @ V.double(), Z @ S.double())
-    L, image = rows.probe(V64, S64)
+
+    L: Tensor
+    LX: Tensor
+
+
+class Sketch:
+    """P seen by a few random sign vectors X (n, s), in fp64: what every check of scores needs.
+
+    For a matrix E with n columns ||E X||_F^2 / s is ||E||_F^2 on average, so an error or a residual
+    of all queries at any damping is measured without reading P again.
+    """
+
+    def __init__(self, rows: GradientRows) -> None:
+        generator = torch.Generator().manual_seed(0)
+        signs = torch.randint(0, 2, (rows.n, PROBES), generator=generator, dtype=torch.float64)
+        _, first = next(rows.chunks())
+        self.n, self.X = rows.n, (2 * signs - 1).to(first.device)
+        self.rows, self.image = rows.sketch(self.X)  # P^T X (D, s) and K X (n, s)
+
+    def residual(self, LX: Tensor, S: Tensor, lam: float) -> float:
+        """||(V - W A) P^T||_F / ||V P^T||_F, about, from L X and the delivered S = -W P^T."""
+        E = LX + S.double() @ (self.image / self.n + lam * self.X)
+        return ratio(E, LX)
+
+
+def seen_residual(rows: GradientRows, V: Tensor, S: Tensor, lam: float) -> tuple[Tensor, float]:
+    """(V - W A) P^T (m, n) itself, in fp64 and one reading of P, and its size beside V P^T."""
+    S64 = S.double()
+    L, image = rows.probe(V.double(), S64)
     E = L + image / rows.n + lam * S64
+    return E, ratio(E, L)
+
+
+def ratio(E: Tensor, L: Tensor) -> float:
+    """||E||_F / ||L||_F, ||E||_F itself for L = 0."""
     norm = float(L.norm())
-    return E, float(E.norm()) / norm if norm else float(E.norm())
+    return float(E.norm()) / norm if norm else float(E.norm())
 
 
 def rooted(rows: GradientRows, V: Tensor, U: Tensor, gain: Tensor) -> Tensor:

@@ -131,26 +131,39 @@ class GradientRows:
         return out
 
     def probe(self, V: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """V P^T and B P P^T, both (s, n), in fp64 and one reading of P; for few rows s.
+        """V P^T and B P P^T, both (s, n), in fp64 and one reading of P.
 
         Args:
             V: (s, D). B: (s, n). Both fp64.
         """
-        s = len(V)
-        out = torch.zeros(2 * s, self.n, dtype=torch.float64, device=V.device)
+        dots = torch.zeros(len(V), self.n, dtype=torch.float64, device=V.device)
+        image = torch.zeros_like(dots)
+        for columns, P in self._wide_slices():
+            dots.addmm_(V[:, columns], P.mT)
+            image.addmm_(B @ P, P.mT)
+        return dots, image
+
+    def sketch(self, X: Tensor) -> tuple[Tensor, Tensor]:
+        """P^T X (D, s) and P P^T X (n, s) in fp64 and one reading of P, for few columns s of X."""
+        Xt = X.mT.contiguous()
+        Yt = torch.empty(len(Xt), self.width, dtype=torch.float64, device=X.device)
+        image = torch.zeros(len(Xt), self.n, dtype=torch.float64, device=X.device)
+        for columns, P in self._wide_slices():
+            Yt[:, columns] = Xt @ P
+            image.addmm_(Yt[:, columns], P.mT)
+        return Yt.mT, image.mT
+
+    def _wide_slices(self) -> Iterator[tuple[slice, Tensor]]:
+        """Columns of P in fp64, a slice at a time, in one buffer that the next slice reuses."""
         width = min(self.width, PAGE_SLICE if self.scratch else SLICE)
-        # one buffer: fresh memory for every slice would cost more than the products
-        held = torch.empty(self.n, width, dtype=torch.float64, device=V.device)
-        both = torch.empty(2 * s, width, dtype=torch.float64, device=V.device)
+        device = next(self.chunks())[1].device
+        # fresh memory for every slice would cost more than the products
+        held = torch.empty(self.n, width, dtype=torch.float64, device=device)
         for columns in self._slices(width):
-            size = columns.stop - columns.start
-            P, X = (held, both) if size == width else (held[:, :size], both[:, :size])
+            P = held[:, : columns.stop - columns.start]
             for part, rows in self.chunks():
                 P[part].copy_(rows[:, columns])
-            X[:s].copy_(V[:, columns])
-            torch.mm(B, P, out=X[s:])
-            out.addmm_(X, P.mT)
-        return out[:s], out[s:]
+            yield columns, P
 
     def _slices(self, width: int) -> Iterator[slice]:
         for start in range(0, self.width, width):
