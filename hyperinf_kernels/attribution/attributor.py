@@ -17,7 +17,7 @@ from ..gradients.capture import TokenSink
 from ..gradients.tokens import check_token_factors
 from ..solvers import KFAC, BlockReport, Damping, FlatSolver, Solver, make_solver
 from . import saved
-from .influence import sum_blocks
+from .influence import kept_scores, sum_blocks
 from .scores import DensePanel, Id, InfluenceScores, TopKPanel, block_scores
 from .stream import (
     GradientCache,
@@ -160,7 +160,7 @@ class Attributor:
         count = len(query_ids)
         panel = DensePanel(count) if top_k is None else TopKPanel(count, top_k)
         split: dict[str, list[Tensor]] = {name: [] for name in self.shapes}
-        for ids, scores in self._scored(queries, train_loader):
+        for ids, scores in self._scored(queries, train_loader, per_block):
             panel.add(ids, sum_blocks(scores))
             if per_block:
                 for name, part in scores.items():
@@ -269,12 +269,12 @@ class Attributor:
         )
 
     def _scored(
-        self, queries: Gradients, loader: Iterable[Any] | None
+        self, queries: Gradients, loader: Iterable[Any] | None, per_block: bool
     ) -> Iterator[tuple[list[Id], dict[str, Tensor]]]:
         """(training ids, scores per block), all at once where the solver holds the rows."""
         start = time.perf_counter()
         if isinstance(self.solver, FlatSolver) and self._is_fitted_set(loader):
-            scores = self.solver.scores(queries)
+            scores = kept_scores(self.solver, queries, per_block)
             self.seconds["solve"] = time.perf_counter() - start
             self.seconds["score"] = 0.0
             yield self.train_ids, scores

@@ -60,7 +60,7 @@ def influence(
     ids = _ids(train_ids, solver.n, "train")
     panel = DensePanel(queries) if top_k is None else TopKPanel(queries, top_k)
     if isinstance(solver, FlatSolver):
-        split = solver.scores(query_grads)
+        split = kept_scores(solver, query_grads, per_block)
     else:
         split = block_scores(solver.apply(query_grads), train_grads)
     panel.add(ids, sum_blocks(split))
@@ -75,6 +75,17 @@ def influence(
             "seconds": {"fit": fitted - start, "score": time.perf_counter() - fitted},
         },
     )
+
+
+def kept_scores(solver: FlatSolver, queries: Gradients, per_block: bool) -> dict[str, Tensor]:
+    """Scores (m, n) of the rows that a solver keeps, by block or as their sum under one name."""
+    if per_block:
+        return solver.scores(queries)
+    total: Tensor | None = None
+    for _, S in solver.scores_by_block(queries):
+        total = S if total is None else total + S
+    assert total is not None
+    return {"all blocks": total}
 
 
 def sum_blocks(split: Mapping[str, Tensor]) -> Tensor:

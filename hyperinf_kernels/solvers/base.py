@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
@@ -13,7 +13,8 @@ from ..errors import InputError
 from ..ops.checks import accumulation_dtype
 from .damping import DEFAULT_DAMPING, Damping, as_damping
 from .inputs import Gradients, check_shapes, sum_square
-from .report import BlockReport, Outcome, angle
+from .merging import check_mergeable
+from .report import BlockReport, Outcome, angle, worse
 from .rows import GradientRows
 
 
@@ -182,23 +183,7 @@ class Solver:
         Raises:
             InputError: another method, option, damping, block or shape.
         """
-        if type(other) is not type(self) or other is self:
-            raise InputError(
-                f"{self.method} merges with another solver of the same method, not with "
-                f"{'itself' if other is self else type(other).__name__}"
-            )
-        for what, mine, theirs in (
-            ("options", self.options(), other.options()),
-            ("damping", self.damping, other.damping),
-        ):
-            if mine != theirs:
-                raise InputError(f"cannot merge solvers of different {what}: {mine} and {theirs}")
-        shapes = [{name: s.shape for name, s in x.blocks.items()} for x in (self, other)]
-        if shapes[0] and shapes[1] and shapes[0] != shapes[1]:
-            first = sorted(set(shapes[0].items()) ^ set(shapes[1].items()))[0]
-            raise InputError(
-                f"cannot merge solvers of different blocks: {first[0]} {first[1]} is in one of them"
-            )
+        check_mergeable(self, other)
         if not other.blocks:
             return self
         self._merge(other)
@@ -290,16 +275,7 @@ class Solver:
             **outcome.__dict__,
         )
         before = self._reports.get(name)
-        if before is not None:
-            worse = entry if (entry.residual or 0) >= (before.residual or 0) else before
-            entry = replace(
-                worse,
-                products=before.products + entry.products,
-                iterations=max(before.iterations, entry.iterations),
-                converged=before.converged and entry.converged,
-                fallback=before.fallback or entry.fallback,
-            )
-        self._reports[name] = entry
+        self._reports[name] = entry if before is None else worse(before, entry)
 
     def _condition_bound(self, name: str) -> float | None:
         """1 + trace / lambda: the damping bounds the spectrum below, the trace above."""

@@ -25,7 +25,7 @@ from .report import BlockReport
 
 FLAT: dict[str, type[FlatSolver]] = {cls.method: cls for cls in (DataInf, Exact, CG, LiSSA)}
 # measured at n = 900: one fp64 eigendecomposition takes as long as this many Cholesky factors
-EIGH_PAYS = 40
+EIGH_PAYS = 50
 
 
 @dataclass(frozen=True)

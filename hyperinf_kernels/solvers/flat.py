@@ -99,15 +99,17 @@ class FlatSolver(Solver):
         Raises:
             InputError: as `apply`.
         """
+        return dict(self.scores_by_block(queries))
+
+    def scores_by_block(self, queries: Gradients) -> Iterator[tuple[str, Tensor]]:
+        """`scores` one block after the other, for sums that need not hold all of them."""
         if not self.lambdas:
             self.fit()
         check_shapes(queries, {name: s.shape for name, s in self.blocks.items()}, "query")
         for name, batch in queries.items():
             sum_square(name, batch, "query")
-        return {
-            name: self.block_scores(name, V.flatten(1).to(accumulation_dtype(V)))
-            for name, V in queries.items()
-        }
+        for name, V in queries.items():
+            yield name, self.block_scores(name, V.flatten(1).to(accumulation_dtype(V)))
 
     def seen(self, name: str, V: Tensor) -> Seen:
         """Flattened queries V (m, D) as the rows of one block see them."""
