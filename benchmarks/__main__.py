@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from . import hooks as hooks  # registers itself
+from . import datainf as datainf  # registers itself
+from . import exact as exact
+from . import hooks as hooks
 from . import job as job
 from . import native as native
 from . import plots, registry

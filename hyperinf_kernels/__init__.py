@@ -17,8 +17,8 @@ _HOMES = {
         "schulz_inverse", "schulz_solve", "sherman_morrison", "spd_inverse", "trace_backends",
     ),
     "solvers": (
-        "AbsoluteDamping", "BlockReport", "CG", "Damping", "DataInf", "DataInfDamping", "Exact",
-        "GradDot", "HyperINF", "LiSSA", "TraceDamping",
+        "AbsoluteDamping", "BlockReport", "CG", "Damping", "DataInf", "DataInfDamping", "EKFAC",
+        "Exact", "GradDot", "GramEngine", "GramScores", "HyperINF", "KFAC", "LiSSA", "TraceDamping",
     ),
     "gradients": (
         "CausalLM", "SequenceClassification", "TokenClassification", "per_sample_gradients",

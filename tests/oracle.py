@@ -250,6 +250,34 @@ def hyperinf_paper(
     return apply_side(queries, paper_inverse_by_filter(matrix, steps, start), side)
 
 
+# --- Kronecker-factored curvature, with every matrix written out ---------------------------------
+
+
+def kfac_matrix(rows: Any, cols: Any) -> Array:
+    """(r, r), (d, d) -> K-FAC's Fisher (r d, r d) of row-major flattened gradients."""
+    return np.kron(f64(rows), f64(cols))
+
+
+def ekfac_matrix(grads: Any, rows: Any, cols: Any) -> Array:
+    """The gradients' Fisher with everything off the diagonal dropped in K-FAC's eigenbasis."""
+    basis = np.kron(np.linalg.eigh(f64(rows))[1], np.linalg.eigh(f64(cols))[1])
+    return (basis * np.diag(basis.T @ fisher(flatten(grads)) @ basis)) @ basis.T
+
+
+def gradient_factors(grads: Any) -> tuple[Array, Array]:
+    """Second moments of both sides of the gradients, over their common trace."""
+    rows, cols = gfim(grads, "rows"), gfim(grads, "cols")
+    return rows, cols / np.trace(cols)
+
+
+def scores_with(
+    matrix: Array, lam: float, grads: Any, queries: Any, dtype: type = np.float64
+) -> Array:
+    """(m, n): -V (F + lam I)^-1 P^T of one block, the solve and the dot products in `dtype`."""
+    a, v, p = (x.astype(dtype) for x in (damped(matrix, lam), flatten(queries), flatten(grads)))
+    return -np.linalg.solve(a, v.T).T @ p.T
+
+
 # --- influence over blocks ----------------------------------------------------------------------
 
 CURVATURE_OF = {"datainf": "flat", "exact": "flat", "lissa": "flat", "hyperinf": "cols"}

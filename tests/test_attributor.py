@@ -60,8 +60,9 @@ def test_kept_gradients_and_a_second_pass_agree(method: str) -> None:
     model = models.llama()
     kept = hk.Attributor(model, method=method).fit(TRAIN).score(QUERY)
     again = hk.Attributor(model, method=method, cache_bytes=0).fit(TRAIN).score(QUERY, list(TRAIN))
+    # kept rows are scored in Gram space, a second reading through W: two roundings in fp32
     assert torch.allclose(
-        again.values, kept.values, rtol=1e-4, atol=1e-6 * float(kept.values.abs().max())
+        again.values, kept.values, rtol=1e-4, atol=1e-5 * float(kept.values.abs().max())
     )
 
 

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..gradients import Loss, find_blocks, make_loss
-from ..solvers import BlockReport, Damping, Solver, make_solver
-from ..solvers.flat import FlatSolver
+from ..gradients.capture import TokenSink
+from ..gradients.tokens import check_token_factors
+from ..solvers import KFAC, BlockReport, Damping, FlatSolver, Solver, make_solver
 from . import saved
-from .influence import sum_blocks
+from .influence import kept_scores, sum_blocks
 from .scores import DensePanel, Id, InfluenceScores, TopKPanel, block_scores
 from .stream import (
     GradientCache,
@@ -27,23 +28,24 @@ from .stream import (
     check_weights,
     default_budget,
     gradient_batches,
+    grouped,
 )
-
-GROUP_ROWS = 512  # rows solved together for self-influence
 
 
 class Attributor:
     """Influence of training examples on queries, for the chosen blocks of one model.
 
-    `fit` reads the training set once; `score` reads the queries once, preconditions them, and reads
-    the training set a second time only if its gradients did not fit into memory.
+    `fit` reads the training set once (EK-FAC with `two_pass=True` twice); `score` reads the
+    queries once, preconditions them, and reads the training set again only if its gradients did not
+    fit into memory.
 
     Args:
         model: any module; given back unchanged after every call.
         loss: "causal_lm", "sequence_classification", "token_classification", or a callable
             `loss(model, batch) -> (B,)`.
         blocks: "lora", a regular expression, or a list of parameter names.
-        method: "hyperinf", "datainf", "lissa", "cg", "exact", "grad_dot", or a solver object.
+        method: "hyperinf", "datainf", "lissa", "cg", "exact", "kfac", "ekfac", "grad_dot", or a
+            solver object.
         damping: a `Damping` or a number; None means `DataInfDamping(0.1)`.
         device: move the model there first. None: where it is.
         dtype: keep cached gradients in this dtype. None: as they come, fp32.
@@ -78,6 +80,8 @@ class Attributor:
         self.loss_name = loss if isinstance(loss, str) else None
         self.model = model if device is None else model.to(device)
         self.blocks = find_blocks(model, blocks)
+        if isinstance(self.solver, KFAC):
+            check_token_factors(self.blocks)
         self.shapes = block_shapes(self.blocks)
         check_weights(model)
         self.dtype, self.cache_bytes, self.progress = dtype, cache_bytes, progress
@@ -95,20 +99,28 @@ class Attributor:
         start = time.perf_counter()
         self.solver.reset()
         self.train_ids = []
-        keeps_rows = isinstance(self.solver, FlatSolver)
+        keeps_rows = self.solver.kept is not None
         budget = default_budget() if self.cache_bytes is None else self.cache_bytes
         self._cache = GradientCache(0 if keeps_rows else budget, self.dtype)
-        for ids, grads in self._gradients(train_loader, "train", verify=True):
+        tokens: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        sink = tokens.update if isinstance(self.solver, KFAC) else None
+        for ids, grads in self._gradients(train_loader, "train", verify=True, tokens=sink):
             if keeps_rows and self.dtype is not None:
                 grads = {name: grad.to(self.dtype) for name, grad in grads.items()}
-            self.solver.update(grads, copy=False)
+            if isinstance(self.solver, KFAC):
+                self.solver.update(grads, copy=False, tokens=tokens)
+            else:
+                self.solver.update(grads, copy=False)
             self._cache.append(grads)
             self.train_ids.extend(ids)
+        self._fitted = train_loader
+        if self.solver.second_pass:
+            for _, grads in self._training(train_loader):
+                self.solver.revisit(grads)
         self.seconds["train gradients"] = time.perf_counter() - start
         start = time.perf_counter()
         self.solver.fit()
         self.seconds["fit"] = time.perf_counter() - start
-        self._fitted = train_loader
         return self
 
     def score(
@@ -145,20 +157,14 @@ class Attributor:
                 parts[name].append(grad)
         queries = {name: torch.cat(parts.pop(name)) for name in list(parts)}
         self.seconds["query gradients"] = time.perf_counter() - start
-        start = time.perf_counter()
-        applied = self.solver.apply(queries)
-        self.seconds["solve"] = time.perf_counter() - start
-        start = time.perf_counter()
         count = len(query_ids)
         panel = DensePanel(count) if top_k is None else TopKPanel(count, top_k)
         split: dict[str, list[Tensor]] = {name: [] for name in self.shapes}
-        for ids, grads in self._training(train_loader):
-            scores = block_scores(applied, grads)
+        for ids, scores in self._scored(queries, train_loader, per_block):
             panel.add(ids, sum_blocks(scores))
             if per_block:
                 for name, part in scores.items():
                     split[name].append(part.cpu())
-        self.seconds["score"] = time.perf_counter() - start
         return InfluenceScores(
             **panel.finish(),
             query_ids=query_ids,
@@ -180,16 +186,10 @@ class Attributor:
             train_loader: as in `score`; ids are `train_ids` for the fitted training set.
         """
         self._check_fitted()
-        values: list[Tensor] = []
-        for _, grads in _grouped(self._training(train_loader)):
-            applied = self.solver.apply(grads)
-            total: Tensor | None = None
-            for name, W in applied.items():
-                part = -(W * grads[name].to(W.dtype)).sum((1, 2))
-                total = part if total is None else total + part
-            assert total is not None
-            values.append(total.cpu())
-        return torch.cat(values)
+        if isinstance(self.solver, FlatSolver) and self._is_fitted_set(train_loader):
+            return self.solver.own_influence().cpu()
+        groups = grouped(self._training(train_loader))
+        return torch.cat([self.solver.self_influence(grads).cpu() for _, grads in groups])
 
     def report(self) -> list[BlockReport]:
         """One entry per block, over everything applied since `fit`."""
@@ -258,17 +258,42 @@ class Attributor:
         return attributor
 
     def _gradients(
-        self, loader: Iterable[Any], stage: str, verify: bool = False
+        self,
+        loader: Iterable[Any],
+        stage: str,
+        verify: bool = False,
+        tokens: TokenSink | None = None,
     ) -> Iterator[tuple[list[Id], Gradients]]:
         return gradient_batches(
-            self.model, loader, self.loss, self.blocks, stage, self.progress, verify
+            self.model, loader, self.loss, self.blocks, stage, self.progress, verify, tokens
         )
 
+    def _scored(
+        self, queries: Gradients, loader: Iterable[Any] | None, per_block: bool
+    ) -> Iterator[tuple[list[Id], dict[str, Tensor]]]:
+        """(training ids, scores per block), all at once where the solver holds the rows."""
+        start = time.perf_counter()
+        if isinstance(self.solver, FlatSolver) and self._is_fitted_set(loader):
+            scores = kept_scores(self.solver, queries, per_block)
+            self.seconds["solve"] = time.perf_counter() - start
+            self.seconds["score"] = 0.0
+            yield self.train_ids, scores
+            return
+        applied = self.solver.apply(queries)
+        self.seconds["solve"] = time.perf_counter() - start
+        start = time.perf_counter()
+        for ids, grads in self._training(loader):
+            yield ids, block_scores(applied, grads)
+        self.seconds["score"] = time.perf_counter() - start
+
+    def _is_fitted_set(self, loader: Iterable[Any] | None) -> bool:
+        return loader is None or loader is self._fitted
+
     def _training(self, loader: Iterable[Any] | None) -> Iterator[tuple[list[Id], Gradients]]:
-        if loader is not None and loader is not self._fitted:
+        if loader is not None and not self._is_fitted_set(loader):
             yield from self._gradients(loader, "train")
             return
-        rows = self.solver.rows if isinstance(self.solver, FlatSolver) else None
+        rows = self.solver.kept or None
         if rows is None and self._cache is not None and not self._cache.full:
             rows = self._cache.rows
         if rows is not None:
@@ -285,25 +310,3 @@ class Attributor:
     def _check_fitted(self) -> None:
         if not self.train_ids:
             raise InputError("the attributor is not fitted: call fit(train_loader) first")
-
-
-def _grouped(
-    stream: Iterator[tuple[list[Id], Gradients]],
-) -> Iterator[tuple[list[Id], Gradients]]:
-    """Join small batches, because solving few rows costs as much as solving many."""
-    ids: list[Id] = []
-    pending: list[Gradients] = []
-    for more, grads in stream:
-        ids.extend(more)
-        pending.append(grads)
-        if len(ids) >= GROUP_ROWS:
-            yield ids, _joined(pending)
-            ids, pending = [], []
-    if pending:
-        yield ids, _joined(pending)
-
-
-def _joined(parts: list[Gradients]) -> Gradients:
-    if len(parts) == 1:
-        return parts[0]
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..solvers import Damping, Gradients, Solver, make_solver
+from ..solvers import Damping, FlatSolver, Gradients, Solver, make_solver
 from .scores import DensePanel, Id, InfluenceScores, TopKPanel, block_scores
 
 
@@ -31,8 +31,8 @@ def influence(
     Args:
         train_grads: {block: (n, r, d)} per-sample training gradients.
         query_grads: {block: (m, r, d)}, the same blocks and shapes.
-        method: "hyperinf", "datainf", "lissa", "cg", "exact", "grad_dot", or a solver object,
-            which is reset first.
+        method: "hyperinf", "datainf", "lissa", "cg", "exact", "kfac", "ekfac", "grad_dot", or a
+            solver object, which is reset first.
         damping: a `Damping` or a number; None means `DataInfDamping(0.1)`.
         train_ids, query_ids: names of the rows; None: 0, 1, 2, ...
         top_k: keep only each query's k most helpful and k most harmful examples.
@@ -52,13 +52,17 @@ def influence(
     solver.reset()
     start = time.perf_counter()
     solver.update(train_grads, copy=False)
+    if solver.second_pass:
+        solver.revisit(train_grads)
     solver.fit()
     fitted = time.perf_counter()
-    applied = solver.apply(query_grads)
     queries = len(next(iter(query_grads.values())))
     ids = _ids(train_ids, solver.n, "train")
     panel = DensePanel(queries) if top_k is None else TopKPanel(queries, top_k)
-    split = block_scores(applied, train_grads)
+    if isinstance(solver, FlatSolver):
+        split = kept_scores(solver, query_grads, per_block)
+    else:
+        split = block_scores(solver.apply(query_grads), train_grads)
     panel.add(ids, sum_blocks(split))
     return InfluenceScores(
         **panel.finish(),
@@ -71,6 +75,17 @@ def influence(
             "seconds": {"fit": fitted - start, "score": time.perf_counter() - fitted},
         },
     )
+
+
+def kept_scores(solver: FlatSolver, queries: Gradients, per_block: bool) -> dict[str, Tensor]:
+    """Scores (m, n) of the rows that a solver keeps, by block or as their sum under one name."""
+    if per_block:
+        return solver.scores(queries)
+    total: Tensor | None = None
+    for _, S in solver.scores_by_block(queries):
+        total = S if total is None else total + S
+    assert total is not None
+    return {"all blocks": total}
 
 
 def sum_blocks(split: Mapping[str, Tensor]) -> Tensor:

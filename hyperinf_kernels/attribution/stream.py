@@ -14,11 +14,12 @@ from torch.utils.data import RandomSampler
 from ..errors import InputError
 from ..gradients import Block, Loss, batch_gradients, prepared, verify_first_batch
 from ..gradients.blocks import block_parameters
-from ..gradients.capture import move
+from ..gradients.capture import TokenSink, move
 from ..solvers import GradientRows
 from .scores import Id
 
 Gradients = dict[str, Tensor]
+GROUP_ROWS = 512  # rows solved together for self-influence
 
 
 class Progress(Protocol):
@@ -35,11 +36,13 @@ def gradient_batches(
     stage: str,
     progress: Progress | None = None,
     verify: bool = False,
+    tokens: TokenSink | None = None,
 ) -> Iterator[tuple[list[Id], Gradients]]:
     """(ids, {block: (B, r, d)}) for every batch of the loader.
 
     A row's id is its entry of the batch's "id" list, else its position in the stream. `verify`
-    checks the first batch against autograd.
+    checks the first batch against autograd. `tokens` is told each batch's token factors before the
+    batch is yielded.
 
     Raises:
         InputError: the loader yields nothing, or what `batch_gradients` raises.
@@ -48,7 +51,7 @@ def gradient_batches(
     done = 0
     with prepared(model):
         for batch in loader:
-            grads = batch_gradients(model, batch, loss, blocks, first_row=done)
+            grads = batch_gradients(model, batch, loss, blocks, done, tokens)
             count = len(next(iter(grads.values())))
             ids = _ids(batch, done, count)
             if done == 0:
@@ -116,6 +119,28 @@ def cached_chunks(
             for name, (_, chunk) in zip(streams, parts, strict=True)
         }
         yield parts[0][0], grads
+
+
+def grouped(
+    stream: Iterator[tuple[list[Id], Gradients]],
+) -> Iterator[tuple[list[Id], Gradients]]:
+    """Join small batches, because solving few rows costs as much as solving many."""
+    ids: list[Id] = []
+    pending: list[Gradients] = []
+    for more, grads in stream:
+        ids.extend(more)
+        pending.append(grads)
+        if len(ids) >= GROUP_ROWS:
+            yield ids, _joined(pending)
+            ids, pending = [], []
+    if pending:
+        yield ids, _joined(pending)
+
+
+def _joined(parts: list[Gradients]) -> Gradients:
+    if len(parts) == 1:
+        return parts[0]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def default_budget() -> int:

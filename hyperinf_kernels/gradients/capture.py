@@ -15,10 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..solvers.base import check_finite
+from ..solvers.inputs import check_finite
 from .blocks import Block, find_blocks
 from .layers import bias_gradient
 from .losses import CausalLM, Loss, make_loss
+from .tokens import token_factors
+
+TokenSink = Callable[[dict[str, list[tuple[Tensor, Tensor]]]], None]
 
 
 def per_sample_gradients(
@@ -84,12 +87,21 @@ def _drops(module: nn.Module) -> bool:
 
 
 def batch_gradients(
-    model: nn.Module, batch: Any, loss: Loss, blocks: Sequence[Block], first_row: int = 0
-) -> dict[str, Tensor]:
-    """`per_sample_gradients` of a `prepared` model; errors count rows from `first_row`."""
+    model: nn.Module, batch: Any, loss: Loss, blocks: Sequence[Block], first_row: int = 0,
+    tokens: TokenSink | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """`per_sample_gradients` of a `prepared` model; errors count rows from `first_row`.
+
+    `tokens` is called with the batch's {block: [(left (t, r), right (t, d)), ...]}, one pair per
+    use of the layer (see `token_factors`).
+    """
     device = next(model.parameters()).device
     batch = move(batch, device)
-    with Capture(blocks) as capture, torch.inference_mode(False), torch.enable_grad():
+    with (
+        Capture(blocks, tokens is not None) as capture,
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
         if isinstance(loss, CausalLM):
             losses = loss(model, batch, protected=capture.modules)
         else:
@@ -110,6 +122,8 @@ def batch_gradients(
     grads = capture.gradients()
     for name, grad in grads.items():
         check_finite(name, grad, "batch", first_row)
+    if tokens is not None:
+        tokens({name: capture.tokens.get(name, []) for name in grads})
     return grads
 
 
@@ -158,8 +172,9 @@ class Tap(torch.autograd.Function):
 class Capture:
     """Hooks on the blocks' layers for the duration of one forward and backward pass."""
 
-    def __init__(self, blocks: Sequence[Block]) -> None:
-        self.blocks = blocks
+    def __init__(self, blocks: Sequence[Block], with_tokens: bool = False) -> None:
+        self.blocks, self.with_tokens = blocks, with_tokens
+        self.tokens: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self.of: dict[nn.Module, list[Block]] = {}
         for block in blocks:
             self.of.setdefault(block.module, []).append(block)
@@ -209,6 +224,8 @@ class Capture:
                 grad = bias_gradient(delta, block.features)
             else:
                 grad = block.layer.weight(module, x, delta, block.transpose)
+            if self.with_tokens:
+                self.tokens.setdefault(block.name, []).append(token_factors(block, x, delta))
             before = self._grads.get(block.name)
             # a layer used several times in one forward pass has the sum of its uses' gradients
             self._grads[block.name] = grad if before is None else before + grad

@@ -81,7 +81,7 @@ def _embedding(module: nn.Module, ids: Tensor, delta: Tensor, transpose: bool) -
     return grads.mT if transpose else grads
 
 
-def _normalised(module: nn.Module, x: Tensor) -> tuple[Tensor, int]:
+def normalised(module: nn.Module, x: Tensor) -> tuple[Tensor, int]:
     """The layer's output before its scale and shift, and the feature dimension."""
     x = x.to(accumulation_dtype(x))
     if isinstance(module, nn.LayerNorm):
@@ -101,8 +101,8 @@ def _normalised(module: nn.Module, x: Tensor) -> tuple[Tensor, int]:
 
 
 def _norm(module: nn.Module, x: Tensor, delta: Tensor, transpose: bool) -> Tensor:
-    normalised, features = _normalised(module, x)
-    return bias_gradient(normalised * delta, features)
+    scaled, features = normalised(module, x)
+    return bias_gradient(scaled * delta, features)
 
 
 def _is_conv1d(module: nn.Module) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .base import Gradients, Solver, check_finite
+from .base import Solver
 from .cg import CG
 from .damping import (
     DEFAULT_DAMPING,
@@ -15,15 +15,20 @@ from .damping import (
     as_damping,
 )
 from .datainf import DataInf
+from .ekfac import EKFAC
+from .engine import GramEngine, GramScores
 from .exact import Exact
+from .flat import FlatSolver
 from .grad_dot import GradDot
 from .hyperinf import HyperINF
+from .inputs import Gradients, check_finite
+from .kfac import KFAC, Tokens
 from .lissa import LiSSA
 from .report import BlockReport, summarise
 from .rows import GradientRows
 
 METHODS: dict[str, type[Solver]] = {
-    cls.method: cls for cls in (HyperINF, DataInf, LiSSA, CG, Exact, GradDot)
+    cls.method: cls for cls in (HyperINF, DataInf, LiSSA, CG, Exact, KFAC, EKFAC, GradDot)
 }
 
 
@@ -49,6 +54,8 @@ def make_solver(
 
 __all__ = [
     "CG",
+    "EKFAC",
+    "KFAC",
     "METHODS",
     "AbsoluteDamping",
     "BlockReport",
@@ -56,12 +63,16 @@ __all__ = [
     "DataInf",
     "DataInfDamping",
     "Exact",
+    "FlatSolver",
     "GradDot",
     "GradientRows",
     "Gradients",
+    "GramEngine",
+    "GramScores",
     "HyperINF",
     "LiSSA",
     "Solver",
+    "Tokens",
     "TraceDamping",
     "as_damping",
     "check_finite",

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..ops.checks import FLOATING, accumulation_dtype
+from ..ops.checks import accumulation_dtype
 from .damping import DEFAULT_DAMPING, Damping, as_damping
-from .report import BlockReport, Outcome, angle
-
-Gradients = Mapping[str, Tensor]
+from .inputs import Gradients, check_shapes, sum_square
+from .merging import check_mergeable
+from .report import BlockReport, Outcome, angle, worse
+from .rows import GradientRows
 
 
 @dataclass
@@ -45,6 +45,7 @@ class Solver:
     method: ClassVar[str]
     option_names: ClassVar[tuple[str, ...]] = ()
     needs_damping: ClassVar[bool] = True
+    second_pass: bool = False  # whether fit needs every training gradient once more, by `revisit`
 
     def __init__(self, damping: Damping | float = DEFAULT_DAMPING) -> None:
         self.damping = as_damping(damping)
@@ -87,6 +88,14 @@ class Solver:
             state.sum_square += squares[name]
             if len(batch):
                 self._keep(name, batch, copy)
+
+    def revisit(self, grads: Gradients) -> None:
+        """The second reading of a training batch, after all updates, where `second_pass` is True.
+
+        Args:
+            grads: {block: (B, r, d)}; all batches together the rows that `update` saw.
+        """
+        raise InputError(f"{self.method} reads the training gradients once; fit it directly")
 
     def fit(self) -> Self:
         """Resolve every block's damping.
@@ -145,9 +154,113 @@ class Solver:
             solved[name] = W
         return solved
 
+    def redamp(self, damping: Damping | float) -> Self:
+        """Change the damping without a new pass over the training gradients.
+
+        Scores and directions are those of a solver fitted with `damping` from the start. The report
+        starts anew.
+
+        Raises:
+            InputError: a damping that this method or a block cannot take; the old one stays.
+        """
+        before, fitted = self.damping, bool(self.lambdas)
+        self.damping = as_damping(damping)
+        if not fitted:
+            return self
+        try:
+            return self.fit()
+        except InputError:
+            self.damping = before
+            self.fit()
+            raise
+
+    def merge(self, other: Self) -> Self:
+        """Take over what another solver was updated with, as if this one had seen it afterwards.
+
+        Sums are added and kept rows appended, so shards and ranks combine exactly (to the rounding
+        of a sum in another order). `fit` again afterwards; `other` stays as it is.
+
+        Raises:
+            InputError: another method, option, damping, block or shape.
+        """
+        check_mergeable(self, other)
+        if not other.blocks:
+            return self
+        self._merge(other)
+        for name, state in other.blocks.items():
+            mine_state = self.blocks.setdefault(name, BlockState(state.shape))
+            mine_state.n += state.n
+            mine_state.sum_square += state.sum_square
+        self.lambdas, self._reports = {}, {}
+        return self
+
+    def half(self, grads: Gradients) -> dict[str, Tensor]:
+        """Embeddings whose dot products are influence: half(x) . half(y) = <x A^-1, y> per block.
+
+        Args:
+            grads: {block: (B, r, d)}, the fitted blocks.
+
+        Returns:
+            {block: (B, k)}; k is r d unless the method says otherwise. Influence is minus the sum
+            of the blocks' dot products.
+
+        Raises:
+            InputError: a method without such a root (the message names those that have one), or
+                what `apply` raises.
+        """
+        if type(self)._half is Solver._half:
+            raise InputError(
+                f"{self.method} has no half(), because it forms no symmetric root of its inverse; "
+                f"methods that do: {', '.join(_with_half(Solver))}"
+            )
+        if not self.lambdas:
+            self.fit()
+        check_shapes(grads, {name: s.shape for name, s in self.blocks.items()}, "query")
+        for name, batch in grads.items():
+            sum_square(name, batch, "query")
+        return {
+            name: self._half(name, batch.to(accumulation_dtype(batch)))
+            for name, batch in grads.items()
+        }
+
+    def self_influence(self, grads: Gradients) -> Tensor:
+        """-<g_k A^-1, g_k> summed over blocks, (B,), for given gradients; O(B r d) for `grad_dot`.
+
+        What it costs per block beyond the dot products: one `apply` here, one rotation without the
+        way back for `kfac` and `ekfac`. Methods that keep their training rows give the values of
+        these rows from the Gram matrix alone by `own_influence`.
+
+        Args:
+            grads: {block: (B, r, d)}, the fitted blocks.
+
+        Raises:
+            InputError: as `apply`.
+        """
+        applied = self.apply(grads)
+        parts = [-(W * grads[name].to(W.dtype)).sum((1, 2)) for name, W in applied.items()]
+        return torch.stack(parts).sum(0)
+
+    @property
+    def kept(self) -> Mapping[str, GradientRows] | None:
+        """The training rows, of a method that keeps them."""
+        return None
+
     def report(self) -> list[BlockReport]:
-        """One entry per block, the worst over all `apply` calls since `fit`."""
+        """One entry per block, the worst over all `apply` and `scores` calls since `fit`."""
         return list(self._reports.values())
+
+    def _merge(self, other: Self) -> None:
+        """Add what `other` kept; here for methods whose state is a set of sums."""
+        mine = self._tensors()
+        sums = {
+            name: theirs.clone() if name not in mine else mine[name] + theirs.to(mine[name].device)
+            for name, theirs in other._tensors().items()
+        }
+        self._take_tensors(mine | sums)
+
+    def _half(self, name: str, V: Tensor) -> Tensor:
+        """(B, k) for V (B, r, d)."""
+        raise NotImplementedError
 
     def _record(
         self, name: str, state: BlockState, outcome: Outcome, collapse_angle: float | None
@@ -162,16 +275,7 @@ class Solver:
             **outcome.__dict__,
         )
         before = self._reports.get(name)
-        if before is not None:
-            worse = entry if (entry.residual or 0) >= (before.residual or 0) else before
-            entry = replace(
-                worse,
-                products=before.products + entry.products,
-                iterations=max(before.iterations, entry.iterations),
-                converged=before.converged and entry.converged,
-                fallback=before.fallback or entry.fallback,
-            )
-        self._reports[name] = entry
+        self._reports[name] = entry if before is None else worse(before, entry)
 
     def _condition_bound(self, name: str) -> float | None:
         """1 + trace / lambda: the damping bounds the spectrum below, the trace above."""
@@ -215,56 +319,11 @@ class Solver:
         """Inverse of `_tensors`."""
 
 
-def check_shapes(grads: Gradients, expected: Mapping[str, tuple[int, int]], role: str) -> None:
-    """Blocks and shapes of a batch of per-sample gradients; `role` is train or query."""
-    if not grads:
-        raise InputError(f"{role} gradients hold no block")
-    if expected and set(grads) != set(expected):
-        missing, extra = sorted(set(expected) - set(grads)), sorted(set(grads) - set(expected))
-        raise InputError(
-            f"{role} gradients have other blocks than the training gradients before them: "
-            f"missing {missing[:3]}, unexpected {extra[:3]}"
-        )
-    counts = {}
-    for name, batch in grads.items():
-        if not isinstance(batch, Tensor) or batch.dtype not in FLOATING or batch.ndim != 3:
-            what = tuple(batch.shape) if isinstance(batch, Tensor) else type(batch).__name__
-            raise InputError(
-                f"block {name}: {role} gradients must be a floating-point tensor (samples, r, d), "
-                f"got {what}"
-            )
-        shape = (int(batch.shape[1]), int(batch.shape[2]))
-        if name in expected and shape != tuple(expected[name]):
-            raise InputError(
-                f"block {name}: {role} gradients are {shape}, training gradients {expected[name]}"
-            )
-        counts[name] = len(batch)
-    if len(set(counts.values())) > 1:
-        one, other = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
-        raise InputError(
-            f"{role} gradients disagree on the number of samples: "
-            f"{one} has {counts[one]}, {other} has {counts[other]}"
-        )
-
-
-def sum_square(name: str, batch: Tensor, role: str, first_row: int = 0) -> float:
-    """||batch||^2 in fp64, in slices that stay in cache.
-
-    Raises:
-        InputError: NaN or inf, naming the block and the row.
-    """
-    total = sum(float(part.double().square().sum()) for part in batch.split(32))
-    if not math.isfinite(total):
-        check_finite(name, batch, role, first_row)
-    return total
-
-
-def check_finite(name: str, batch: Tensor, role: str, first_row: int = 0) -> None:
-    """Name the block and the first row whose gradient holds NaN or inf."""
-    # NaN and inf both survive a sum of absolute values, which is one fast pass
-    if batch.numel() and not bool(torch.isfinite(batch.abs().sum(dtype=torch.float64))):
-        rows = torch.nonzero(~torch.isfinite(batch).flatten(1).all(1)).flatten()
-        raise InputError(
-            f"block {name}: the gradient of {role} row {first_row + int(rows[0])} holds NaN or inf "
-            f"({len(rows)} of {len(batch)} rows in this batch)"
-        )
+def _with_half(kind: type[Solver]) -> list[str]:
+    """Methods that define `_half` or `half` themselves, by name."""
+    names = []
+    for sub in kind.__subclasses__():
+        if sub._half is not Solver._half or sub.half is not Solver.half:
+            names.append(sub.method)
+        names += _with_half(sub)
+    return sorted(set(names))

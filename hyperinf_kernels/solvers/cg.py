@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from .damping import DEFAULT_DAMPING, Damping
 from .flat import FlatSolver, relative
+from .gram import BlockGram, Span
 from .report import RESIDUAL_LIMIT, Outcome
 
 
@@ -36,6 +38,7 @@ class CG(FlatSolver):
         iterations: steps at most.
         tol: stop a row once its ||v - w A|| / ||v|| is below. The report judges the rounded W, so
             there a residual of 1e-3 counts as converged.
+        folder: as for every solver that keeps rows.
     """
 
     method = "cg"
@@ -47,42 +50,48 @@ class CG(FlatSolver):
         *,
         iterations: int = 200,
         tol: float = 1e-6,
+        folder: str | os.PathLike[str] | None = None,
     ) -> None:
         if iterations < 1:
             raise ValueError(f"iterations must be at least 1, got {iterations}")
         self.iterations, self.tol = iterations, tol
-        super().__init__(damping)
+        super().__init__(damping, folder=folder)
 
     def _solve(self, name: str, V: Tensor) -> tuple[Tensor, Outcome]:
-        rows = self.rows[name]
+        rows, lam = self.rows[name], self.lambdas[name]
         flat = V.flatten(1).double()
-        gram = rows.n < rows.width
-        space = self._gram_space(name, flat) if gram else self._primal_space(name, flat)
-        X, steps = self._steps(space)
-        W = X[:, :1] * flat + rows.combine(X[:, 1:]) if gram else X
+        if rows.n < rows.width:
+            span = self._span(self.gram(name), flat, rows.dots(flat), lam)
+            W, steps = span.a * flat + rows.combine(span.B), span.iterations
+        else:
+            W, steps = self._steps(self._primal_space(name, flat))
         delivered = W.to(V.dtype)
         residual = relative(self._residual(name, flat, delivered), flat)
+        return delivered.view_as(V), self._judged(name, residual, steps, "fp64")
+
+    def _judged(self, name: str, residual: float, iterations: int, precision: str) -> Outcome:
         # a tighter tolerance than the rounding of W can hold is met by the iterates, not by W
         limit = max(self.tol, RESIDUAL_LIMIT)
         note = None
         if not residual <= limit:
-            note = f"residual {residual:.1e} after {steps} steps, asked {self.tol:.1e}"
-        outcome = Outcome(
+            note = f"residual {residual:.1e} after {iterations} steps, asked {self.tol:.1e}"
+        return Outcome(
             precision="fp64",
             condition_bound=self._condition_bound(name),
             products=1,
-            iterations=steps,
+            iterations=iterations,
             residual=residual,
             converged=note is None,
             fallback=note,
         )
-        return delivered.view_as(V), outcome
 
-    def _gram_space(self, name: str, V: Tensor) -> Space:
+    def _span(self, gram: BlockGram, V: Tensor, L: Tensor, lam: float) -> Span:
+        X, steps = self._steps(self._gram_space(gram, V.double(), L, lam))
+        return Span(X[:, :1], X[:, 1:], iterations=steps)
+
+    def _gram_space(self, gram: BlockGram, V: Tensor, L: Tensor, lam: float) -> Space:
         """x = (a, b) stands for a v + b P."""
-        rows, lam = self.rows[name], self.lambdas[name]
-        K, L = rows.gram().double(), rows.dots(V)
-        size = V.square().sum(1, keepdim=True)
+        K, size = gram.K.double(), V.square().sum(1, keepdim=True)
 
         def metric(x: Tensor) -> Tensor:
             a, b = x[:, :1], x[:, 1:]
@@ -90,15 +99,14 @@ class CG(FlatSolver):
 
         def operator(x: Tensor, m: Tensor) -> Tensor:
             # the metric's tail is x P^T, so H x costs nothing more
-            return lam * x + torch.cat([torch.zeros_like(size), m[:, 1:] / rows.n], 1)
+            return lam * x + torch.cat([torch.zeros_like(size), m[:, 1:] / gram.n], 1)
 
-        start = torch.zeros(len(V), rows.n + 1, dtype=V.dtype, device=V.device)
+        start = torch.zeros(len(V), gram.n + 1, dtype=V.dtype, device=V.device)
         start[:, 0] = 1
         return Space(start, metric, operator)
 
     def _primal_space(self, name: str, V: Tensor) -> Space:
-        rows, lam = self.rows[name], self.lambdas[name]
-        H = rows.second_moment() / rows.n
+        lam, H = self.lambdas[name], self.moment(name)
         return Space(V, lambda x: x, lambda x, m: lam * x + x @ H)
 
     def _steps(self, space: Space) -> tuple[Tensor, int]:

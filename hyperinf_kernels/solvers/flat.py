@@ -2,27 +2,82 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Self
 
+import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..ops.checks import accumulation_dtype
 from .base import Solver
-from .rows import GradientRows
+from .damping import DEFAULT_DAMPING, Damping
+from .gram import BlockGram, Seen, Sketch, Span
+from .inputs import Gradients, check_shapes, sum_square
+from .report import RESIDUAL_LIMIT, Outcome, angle, precision_of
+from .rows import GradientRows, Scratch
+
+EPS32 = torch.finfo(torch.float32).eps
+FINE_GRAM = 0.1  # fp32 rounding over damping at which refinement would no longer contract
+GRAM_BYTES = 2**30  # Gram matrices kept for later calls; above, only the latest block's
+GROUP_ROWS = 512  # training rows whose own influence is worked out together
 
 
 class FlatSolver(Solver):
-    """A solver of W (H + lambda I) = V with rows P (n, D), D = r d, per block."""
+    """A solver of W (H + lambda I) = V with rows P (n, D), D = r d, per block.
+
+    Where n < D the work is done in Gram space (see `gram`): `apply` on n x n matrices, and
+    `scores`, the influence of the kept rows themselves, without forming W at all.
+
+    Args:
+        damping: as for every solver.
+        folder: keep the rows in mapped files under this folder instead of memory; they are removed
+            with the solver. None: in memory.
+    """
+
+    def __init__(
+        self,
+        damping: Damping | float = DEFAULT_DAMPING,
+        *,
+        folder: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self.folder = None if folder is None else Path(folder)
+        super().__init__(damping)
 
     def reset(self) -> None:
         super().reset()
         self.rows: dict[str, GradientRows] = {}
+        self._grams: dict[str, BlockGram] = {}
+        self._moments: dict[str, tuple[int, Tensor]] = {}
+        self._sketches: dict[str, Sketch] = {}
+        self._scratch = None if self.folder is None else Scratch(self.folder)
+
+    @property
+    def kept(self) -> Mapping[str, GradientRows]:
+        return self.rows
+
+    def share(self, other: FlatSolver) -> None:
+        """Work on another solver's rows and Gram matrices, not on copies; for one more `fit`."""
+        self.blocks, self.rows = other.blocks, other.rows
+        self._grams, self._moments = other._grams, other._moments
+        self._sketches = other._sketches
+
+    def forget_grams(self) -> None:
+        """Free the n x n and D x D matrices and sketches; they are formed anew when needed."""
+        self._grams.clear()
+        self._moments.clear()
+        self._sketches.clear()
 
     def _keep(self, name: str, batch: Tensor, copy: bool) -> None:
         flat = batch.flatten(1)
         if copy and flat.data_ptr() == batch.data_ptr():
             flat = flat.clone()
-        self.rows.setdefault(name, GradientRows(flat.shape[1])).append(flat)
+        self._rows_of(name, flat.shape[1]).append(flat)
+
+    def _rows_of(self, name: str, width: int) -> GradientRows:
+        return self.rows.setdefault(name, GradientRows(width, self._scratch))
 
     def _fit_block(self, name: str, lam: float) -> None:
         if lam <= 0 and self.blocks[name].sum_square > 0:
@@ -32,18 +87,159 @@ class FlatSolver(Solver):
                 "is singular"
             )
 
+    def scores(self, queries: Gradients) -> dict[str, Tensor]:
+        """Influence of the kept training rows on queries, `-<W_q, g_k>` per block.
+
+        Args:
+            queries: {block: (m, r, d)}, the fitted blocks.
+
+        Returns:
+            {block: (m, n)} in fp32 (fp64 for fp64 input).
+
+        Raises:
+            InputError: as `apply`.
+        """
+        return dict(self.scores_by_block(queries))
+
+    def scores_by_block(self, queries: Gradients) -> Iterator[tuple[str, Tensor]]:
+        """`scores` one block after the other, for sums that need not hold all of them."""
+        if not self.lambdas:
+            self.fit()
+        check_shapes(queries, {name: s.shape for name, s in self.blocks.items()}, "query")
+        for name, batch in queries.items():
+            sum_square(name, batch, "query")
+        for name, V in queries.items():
+            yield name, self.block_scores(name, V.flatten(1).to(accumulation_dtype(V)))
+
+    def seen(self, name: str, V: Tensor) -> Seen:
+        """Flattened queries V (m, D) as the rows of one block see them."""
+        return Seen(self.rows[name].dots(V), V.double() @ self.sketch(name).rows)
+
+    def block_scores(self, name: str, V: Tensor, seen: Seen | None = None) -> Tensor:
+        """`scores` of one fitted block for flattened queries V (m, D); `seen` where it is known."""
+        rows = self.rows[name]
+        if not len(V):
+            return torch.zeros(0, rows.n, dtype=V.dtype, device=V.device)
+        if rows.n < rows.width:
+            seen = self.seen(name, V) if seen is None else seen
+            L = seen.L
+            S, outcome = self._gram_scores(name, V, seen)
+        else:
+            # the D x D side is the smaller one
+            W, outcome = self._solve(name, V.view(len(V), *self.blocks[name].shape))
+            S = -rows.dots(W.flatten(1))
+            L = rows.dots(V) if seen is None else seen.L
+        if not bool(torch.isfinite(S).all()):
+            raise InputError(
+                f"block {name}: {self.method} gave NaN or inf "
+                f"({outcome.fallback or 'check damping and the scale of the gradients'})"
+            )
+        self._record(name, self.blocks[name], outcome, angle(-L, S))
+        return S
+
+    def own_influence(self) -> Tensor:
+        """influence[k, k] of every kept training row, (n,), summed over blocks.
+
+        In Gram space, so after K = P P^T it costs n x n algebra.
+        """
+        if not self.lambdas:
+            self.fit()
+        total: Tensor | None = None
+        for name in self.blocks:
+            parts = [S[:, part].diagonal() for part, S in self._own_scores(name)]
+            total = torch.cat(parts) if total is None else total + torch.cat(parts)
+        if total is None:
+            raise InputError("there are no training gradients: update() was given zero rows")
+        return total
+
+    def _own_scores(self, name: str) -> Iterator[tuple[slice, Tensor]]:
+        """(rows, their scores on themselves and all others) in groups."""
+        rows = self.rows[name]
+        small = rows.n < rows.width
+        for part, chunk in rows.chunks():
+            start = part.start
+            for group in chunk.split(GROUP_ROWS):
+                own = slice(start, start + len(group))
+                V = group.to(accumulation_dtype(group))
+                seen = None
+                if small:
+                    K = self.gram(name).K[own].to(V.dtype)
+                    seen = Seen(K, self.sketch(name).image[own])
+                yield own, self.block_scores(name, V, seen)
+                start = own.stop
+
+    def gram(self, name: str) -> BlockGram:
+        """K of a fitted block, formed once: fp32, or fp64 where the damping asks for it."""
+        rows = self.rows[name]
+        bound = self._condition_bound(name) or float("inf")
+        fine = torch.float64 if bound * EPS32 > FINE_GRAM else None
+        held = self._grams.get(name)
+        if held is None or held.n != rows.n or (fine is not None and held.K.dtype != fine):
+            size = rows.n**2 * 4
+            if size * len(self.blocks) > GRAM_BYTES:
+                self._grams.clear()
+            for other in self._grams.values():
+                other.drop_factors()
+            held = self._grams[name] = BlockGram(name, rows, rows.gram(fine))
+        return held
+
+    def sketch(self, name: str) -> Sketch:
+        """What checks of a block's scores need, read from its rows once."""
+        held = self._sketches.get(name)
+        if held is None or held.n != self.rows[name].n:
+            held = self._sketches[name] = Sketch(self.rows[name])
+        return held
+
+    def moment(self, name: str) -> Tensor:
+        """H = P^T P / n (D, D) in fp64; kept for the block asked for last."""
+        rows = self.rows[name]
+        if name not in self._moments or self._moments[name][0] != rows.n:
+            self._moments.clear()
+            self._moments[name] = (rows.n, rows.second_moment() / rows.n)
+        return self._moments[name][1]
+
+    def _gram_scores(self, name: str, V: Tensor, seen: Seen) -> tuple[Tensor, Outcome]:
+        """S (m, n) for V (m, D), by the method's `_span`, judged through P in fp64."""
+        lam, gram, L = self.lambdas[name], self.gram(name), seen.L.double()
+        span = self._span(gram, V, L, lam)
+        S = -(span.a * L + gram.image(span.B)) if span.scores is None else span.scores
+        S = S.to(V.dtype)
+        residual = self.sketch(name).residual(seen.LX, S, lam)
+        return S, self._judged(name, residual, span.iterations, precision_of(gram.K))
+
+    def _span(self, gram: BlockGram, V: Tensor, L: Tensor, lam: float) -> Span:
+        """The method in Gram space; V (m, D) serves for norms only, L (m, n) is fp64."""
+        raise NotImplementedError
+
+    def _judged(self, name: str, residual: float, iterations: int, precision: str) -> Outcome:
+        """An outcome of a solve to 1e-3."""
+        return Outcome(
+            precision=precision,
+            condition_bound=self._condition_bound(name),
+            products=1,
+            iterations=iterations,
+            residual=residual,
+            converged=residual <= RESIDUAL_LIMIT,
+        )
+
     def _residual(self, name: str, V: Tensor, W: Tensor) -> Tensor:
         """V - W (H + lambda I) in fp64, (m, D)."""
         rows, lam = self.rows[name], self.lambdas[name]
         W64 = W.double()
         return V.double() - lam * W64 - rows.combine(rows.dots(W64)) / rows.n
 
+    def _merge(self, other: Self) -> None:
+        for name, theirs in other.rows.items():
+            mine = self._rows_of(name, theirs.width)
+            for _, chunk in theirs.chunks():
+                mine.append(chunk if theirs.scratch is None else chunk.clone())
+
     def _tensors(self) -> dict[str, Tensor]:
         return {name: rows.tensor() for name, rows in self.rows.items()}
 
     def _take_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():
-            self.rows[name] = GradientRows(tensor.shape[1])
+            self.rows[name] = GradientRows(tensor.shape[1], self._scratch)
             self.rows[name].append(tensor)
 
 

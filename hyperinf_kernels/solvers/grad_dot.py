@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .base import Solver
+from .inputs import Gradients
 from .report import Outcome
+from .rows import squares
 
 
 class GradDot(Solver):
@@ -16,3 +19,10 @@ class GradDot(Solver):
 
     def _solve(self, name: str, V: Tensor) -> tuple[Tensor, Outcome]:
         return V, Outcome(residual=0.0)
+
+    def _half(self, name: str, V: Tensor) -> Tensor:
+        return V.flatten(1)
+
+    def self_influence(self, grads: Gradients) -> Tensor:
+        solved = self.apply(grads)
+        return torch.stack([-squares(g.flatten(1)).to(g.dtype) for g in solved.values()]).sum(0)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
 from ..ops.bounds import upper_bound
 from .damping import DEFAULT_DAMPING, Damping
 from .flat import FlatSolver, relative
+from .gram import BlockGram, Span
 from .report import Outcome
 
 CHECK_EVERY = 10
@@ -26,6 +29,7 @@ class LiSSA(FlatSolver):
         iterations: steps at most.
         tol: stop once ||V - W A||_F / ||V||_F is below; a larger residual is not converged.
         scale: the step s; None: the safe one above.
+        folder: as for every solver that keeps rows.
     """
 
     method = "lissa"
@@ -38,45 +42,54 @@ class LiSSA(FlatSolver):
         iterations: int = 1000,
         tol: float = 1e-3,
         scale: float | None = None,
+        folder: str | os.PathLike[str] | None = None,
     ) -> None:
         if iterations < 1:
             raise ValueError(f"iterations must be at least 1, got {iterations}")
         if scale is not None and not scale > 0:
             raise ValueError(f"scale must be positive, got {scale}")
         self.iterations, self.tol, self.scale = iterations, tol, scale
-        super().__init__(damping)
+        super().__init__(damping, folder=folder)
 
     def _solve(self, name: str, V: Tensor) -> tuple[Tensor, Outcome]:
         rows, lam = self.rows[name], self.lambdas[name]
         flat = V.flatten(1).double()
-        gram = rows.n < rows.width
-        H = (rows.gram().double() if gram else rows.second_moment()) / rows.n
-        top = float(upper_bound(H)) + lam
-        s = self.scale or 2 / (top + lam)
-        solve = self._gram_steps if gram else self._primal_steps
-        W, steps = solve(name, flat, H, s, lam)
+        if rows.n < rows.width:
+            # R = a V + B P stays in the span of V and the rows, so only (a, B) is iterated
+            span = self._span(self.gram(name), flat, rows.dots(flat), lam)
+            W, steps = span.a * flat + rows.combine(span.B), span.iterations
+        else:
+            W, steps = self._primal_steps(flat, self.moment(name), lam)
         delivered = W.to(V.dtype)
         residual = relative(self._residual(name, flat, delivered), flat)
+        return delivered.view_as(V), self._judged(name, residual, steps, "fp64")
+
+    def _judged(self, name: str, residual: float, iterations: int, precision: str) -> Outcome:
         note = None
         if not residual <= self.tol:
-            note = f"residual {residual:.1e} after {steps} steps of LiSSA, asked {self.tol:.1e}"
-            if s * top > 2:
-                note += f"; its scale {s:.1e} is over 2 / {top:.1e}, so it diverges"
-        outcome = Outcome(
+            note = (
+                f"residual {residual:.1e} after {iterations} steps of LiSSA, asked {self.tol:.1e}"
+            )
+            if self.scale is not None and not residual <= 1:
+                note += (
+                    f"; its scale {self.scale:.1e} is too long where it exceeds 2 / the largest "
+                    "eigenvalue, and then it diverges"
+                )
+        return Outcome(
             precision="fp64",
             condition_bound=self._condition_bound(name),
             products=1,
-            iterations=steps,
+            iterations=iterations,
             residual=residual,
             converged=residual <= self.tol,
             fallback=note,
         )
-        return delivered.view_as(V), outcome
 
-    def _primal_steps(
-        self, name: str, V: Tensor, H: Tensor, s: float, lam: float
-    ) -> tuple[Tensor, int]:
-        R = torch.zeros_like(V)
+    def _step(self, H: Tensor, lam: float) -> float:
+        return self.scale or 2 / (float(upper_bound(H)) + 2 * lam)
+
+    def _primal_steps(self, V: Tensor, H: Tensor, lam: float) -> tuple[Tensor, int]:
+        s, R = self._step(H, lam), torch.zeros_like(V)
         for step in range(1, self.iterations + 1):
             E = V - R @ H - lam * R
             if step % CHECK_EVERY == 0 and relative(E, V) <= self.tol / 2:
@@ -84,23 +97,19 @@ class LiSSA(FlatSolver):
             R = R + s * E
         return R, self.iterations
 
-    def _gram_steps(
-        self, name: str, V: Tensor, H: Tensor, s: float, lam: float
-    ) -> tuple[Tensor, int]:
-        # R = a V + B P stays in the span of V and the rows, so only (a, B) is iterated
-        rows = self.rows[name]
-        L = rows.dots(V)
-        a, B, steps = 0.0, torch.zeros_like(L), self.iterations
-        size = float(V.square().sum())
+    def _span(self, gram: BlockGram, V: Tensor, L: Tensor, lam: float) -> Span:
+        H = gram.K.double() / gram.n
+        s, a, B, steps = self._step(H, lam), 0.0, torch.zeros_like(L), self.iterations
+        size = float(V.double().square().sum())
         for step in range(1, self.iterations + 1):
-            image = a * L / rows.n + B @ H
+            image = a * L / gram.n + B @ H
             # V - R A = e V + F P with e = 1 - lam a, F = -(image + lam B)
             e, F = 1 - lam * a, image.add(B, alpha=lam).neg_()
             if step % CHECK_EVERY == 0:
                 square = e * e * size + 2 * e * float((F * L).sum())
-                square += float((F @ H * F).sum()) * rows.n
+                square += float((F @ H * F).sum()) * gram.n
                 if square <= (self.tol / 2) ** 2 * size:
                     steps = step - 1
                     break
             a, B = a + s * e, B.add(F, alpha=s)
-        return a * V + rows.combine(B), steps
+        return Span(a, B, iterations=steps)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,10 +21,13 @@ class BlockReport:
         condition_bound: rigorous upper bound of A's condition number, None where nothing is solved.
         products: dense products or factorisations spent; `iterations`: steps or refinements.
         residual: ||V - W A||_F / ||V||_F of the delivered W, measured in fp64. For a closed form
-            (DataInf) the relative error of one query row against its fp64 evaluation.
+            (DataInf, K-FAC, EK-FAC) the relative error of one query row against its fp64
+            evaluation. For scores from Gram space, where no W exists, the same of -W P^T as the
+            training rows see it: ||(V - W A) P^T||_F / ||V P^T||_F, or the scores' relative error.
         converged: the residual is within the tolerance asked for, 1e-3 where none was.
         fallback: None, or why another route than the planned one gave the result.
-        collapse_angle: degrees between V and W; near 0 the method has become gradient dot.
+        collapse_angle: degrees between V and W, in Gram space between the scores and those of
+            gradient dot; near 0 the method has become gradient dot.
     """
 
     block: str
@@ -41,6 +44,18 @@ class BlockReport:
     converged: bool
     fallback: str | None
     collapse_angle: float | None
+
+
+def worse(one: BlockReport, other: BlockReport) -> BlockReport:
+    """Two entries of one block as one: the larger residual, both efforts, any failure."""
+    worst = other if (other.residual or 0) >= (one.residual or 0) else one
+    return replace(
+        worst,
+        products=one.products + other.products,
+        iterations=max(one.iterations, other.iterations),
+        converged=one.converged and other.converged,
+        fallback=one.fallback or other.fallback,
+    )
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
+import uuid
+import weakref
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,6 +16,26 @@ from ..ops import gram_accumulate_
 from ..ops.checks import accumulation_dtype
 
 CHUNK_ROWS = 512
+SLICE = 256  # columns of P at a time, so that a slice in fp64 stays in cache
+PAGE_SLICE = 1024  # of mapped rows: whole pages, so that none is read twice
+DEEP_SLICE = 2048  # columns at a time where P is used as it is
+RUN = 512  # numbers whose squares fp32 adds without noticeable loss
+SAFE = 1e15  # norms of runs between its inverse and it have squares inside fp32
+
+
+class Scratch:
+    """A folder of mapped rows inside `parent`, removed with the object that owns it."""
+
+    def __init__(self, parent: Path) -> None:
+        parent.mkdir(parents=True, exist_ok=True)
+        self.path = Path(tempfile.mkdtemp(prefix="hyperinf-rows-", dir=parent))
+        self.remove = weakref.finalize(self, shutil.rmtree, self.path, True)
+
+    def mapped(self, rows: Tensor) -> Tensor:
+        """The same numbers in a file that the system may page out."""
+        file = self.path / f"{uuid.uuid4().hex}.bin"
+        held = torch.from_file(str(file), shared=True, size=rows.numel(), dtype=rows.dtype)
+        return held.view_as(rows).copy_(rows)
 
 
 class GradientRows:
@@ -18,10 +43,15 @@ class GradientRows:
 
     Batches are kept by reference and joined once enough have arrived, so the peak is the data plus
     one chunk. Products with P run chunk by chunk in the dtype of their other operand.
+
+    Args:
+        width: D.
+        scratch: keep the chunks in mapped files there, out of core; None: in memory.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, scratch: Scratch | None = None) -> None:
         self.width = width
+        self.scratch = scratch
         self.n = 0
         self._chunks: list[Tensor] = []
         self._pending: list[Tensor] = []
@@ -36,7 +66,8 @@ class GradientRows:
     def _join(self) -> None:
         if self._pending:
             whole = self._pending[0] if len(self._pending) == 1 else torch.cat(self._pending)
-            self._chunks.extend(whole.split(2 * CHUNK_ROWS))
+            parts = whole.split(2 * CHUNK_ROWS)
+            self._chunks.extend(self.scratch.mapped(p) if self.scratch else p for p in parts)
             self._pending.clear()
 
     def chunks(self, dtype: torch.dtype | None = None) -> Iterator[tuple[slice, Tensor]]:
@@ -60,6 +91,10 @@ class GradientRows:
                     K[j, i] = K[i, j].mT
         return K
 
+    def norms_sq(self) -> Tensor:
+        """diag(P P^T) (n,) in fp64."""
+        return torch.cat([squares(rows) for _, rows in self.chunks()])
+
     def second_moment(self) -> Tensor:
         """P^T P (D, D) in fp64."""
         total: Tensor | None = None
@@ -70,7 +105,12 @@ class GradientRows:
 
     def dots(self, V: Tensor) -> Tensor:
         """V P^T (m, n), in V's dtype."""
-        return torch.cat([V @ rows.mT for _, rows in self.chunks(V.dtype)], dim=1)
+        if V.dtype != torch.float32:
+            return torch.cat([V @ rows.mT for _, rows in self.chunks(V.dtype)], dim=1)
+        out = torch.zeros(len(V), self.n, device=V.device)
+        for part, rows in self.chunks():
+            gram_accumulate_(out[:, part], V, rows)
+        return out
 
     def combine(self, B: Tensor) -> Tensor:
         """B P (m, D), in B's dtype."""
@@ -79,7 +119,74 @@ class GradientRows:
             total.addmm_(B[:, part], rows)
         return total
 
+    def image(self, B: Tensor) -> Tensor:
+        """B P P^T (m, n) without the n x n matrix, in B's dtype and one reading of P."""
+        out = torch.zeros_like(B)
+        for columns in self._slices(DEEP_SLICE):
+            T = torch.zeros(len(B), columns.stop - columns.start, dtype=B.dtype, device=B.device)
+            for part, rows in self.chunks():
+                gram_accumulate_(T, B[:, part], rows[:, columns].mT)
+            for part, rows in self.chunks():
+                gram_accumulate_(out[:, part], T, rows[:, columns])
+        return out
+
+    def probe(self, V: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """V P^T and B P P^T, both (s, n), in fp64 and one reading of P.
+
+        Args:
+            V: (s, D). B: (s, n). Both fp64.
+        """
+        dots = torch.zeros(len(V), self.n, dtype=torch.float64, device=V.device)
+        image = torch.zeros_like(dots)
+        for columns, P in self._wide_slices():
+            dots.addmm_(V[:, columns], P.mT)
+            image.addmm_(B @ P, P.mT)
+        return dots, image
+
+    def sketch(self, X: Tensor) -> tuple[Tensor, Tensor]:
+        """P^T X (D, s) and P P^T X (n, s) in fp64 and one reading of P, for few columns s of X."""
+        Xt = X.mT.contiguous()
+        Yt = torch.empty(len(Xt), self.width, dtype=torch.float64, device=X.device)
+        image = torch.zeros(len(Xt), self.n, dtype=torch.float64, device=X.device)
+        for columns, P in self._wide_slices():
+            Yt[:, columns] = Xt @ P
+            image.addmm_(Yt[:, columns], P.mT)
+        return Yt.mT, image.mT
+
+    def _wide_slices(self) -> Iterator[tuple[slice, Tensor]]:
+        """Columns of P in fp64, a slice at a time, in one buffer that the next slice reuses."""
+        width = min(self.width, PAGE_SLICE if self.scratch else SLICE)
+        device = next(self.chunks())[1].device
+        # fresh memory for every slice would cost more than the products
+        held = torch.empty(self.n, width, dtype=torch.float64, device=device)
+        for columns in self._slices(width):
+            P = held[:, : columns.stop - columns.start]
+            for part, rows in self.chunks():
+                P[part].copy_(rows[:, columns])
+            yield columns, P
+
+    def _slices(self, width: int) -> Iterator[slice]:
+        for start in range(0, self.width, width):
+            yield slice(start, min(start + width, self.width))
+
     def tensor(self) -> Tensor:
         """P as one (n, D) tensor."""
         self._join()
         return self._chunks[0] if len(self._chunks) == 1 else torch.cat(self._chunks)
+
+
+def squares(rows: Tensor) -> Tensor:
+    """||row||^2 (B,) of rows (B, D) in fp64 to about 1e-7, whatever the scale; NaN and inf stay."""
+    whole = rows.shape[1] - rows.shape[1] % RUN
+    if rows.dtype == torch.float32 and whole and rows.is_contiguous():
+        # norms of short runs in fp32, added in fp64: one reading at the speed of the memory
+        runs = rows[:, :whole].unflatten(1, (-1, RUN))
+        norms = torch.linalg.vector_norm(runs, dim=2)
+        zero = norms == 0
+        low, high = float(torch.where(zero, 1.0, norms).min()), float(norms.max())
+        # a run of tiny numbers can have the norm 0 in fp32
+        if low > 1 / SAFE and high < SAFE and not bool(runs[zero].any()):
+            rest = rows[:, whole:].double().square().sum(1)
+            return norms.double().square().sum(1) + rest
+    parts = [part.double().square().sum(1) for part in rows.split(32)]
+    return torch.cat(parts) if parts else rows.new_zeros(0, dtype=torch.float64)

@@ -25,6 +25,8 @@ LABELS = {
     "lissa": "LiSSA",
     "cg": "CG",
     "exact": "Exact",
+    "kfac": "K-FAC",
+    "ekfac": "EK-FAC",
     "grad_dot": "Gradient dot",
 }
 

@@ -1,0 +1,136 @@
+"""Many methods and a whole grid of dampings from one Gram matrix per block."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from torch import Tensor
+
+from ..errors import InputError
+from ..ops.checks import accumulation_dtype
+from .base import Solver
+from .cg import CG
+from .damping import DEFAULT_DAMPING, Damping, as_damping
+from .datainf import DataInf
+from .exact import Exact
+from .flat import FlatSolver
+from .gram import Seen
+from .inputs import Gradients, check_shapes, sum_square
+from .lissa import LiSSA
+from .report import BlockReport
+
+FLAT: dict[str, type[FlatSolver]] = {cls.method: cls for cls in (DataInf, Exact, CG, LiSSA)}
+# measured at n = 900: one fp64 eigendecomposition takes as long as this many Cholesky factors
+EIGH_PAYS = 50
+
+
+@dataclass(frozen=True)
+class GramScores:
+    """influence[q, k] of one method at one damping, (m, n) summed over blocks; negative helps."""
+
+    method: str
+    damping: Damping
+    values: Tensor
+    report: list[BlockReport]
+
+
+class GramEngine:
+    """Training gradients once, then any number of methods, dampings and queries.
+
+    K = P P^T is formed once per block and call of `scores`, L = V P^T once per block and query set;
+    DataInf, exact, CG, LiSSA and gradient dot all follow from the two at every damping. A grid of
+    dampings costs a Cholesky factorisation each for the exact method, or one eigendecomposition per
+    block in all where that is cheaper. Blocks are worked through one after the other, so memory is
+    the rows (or none of them, with `folder`) plus a few n x n matrices.
+
+    Args:
+        folder: keep the rows in mapped files under this folder; None: in memory.
+    """
+
+    def __init__(self, *, folder: str | os.PathLike[str] | None = None) -> None:
+        self._store = Exact(folder=folder)
+
+    @property
+    def n(self) -> int:
+        """Training samples seen so far."""
+        return self._store.n
+
+    def update(self, grads: Gradients, *, copy: bool = True) -> None:
+        """Add a batch of per-sample training gradients, as `Solver.update`."""
+        self._store.update(grads, copy=copy)
+
+    def merge(self, other: Self) -> Self:
+        """Append what another engine was updated with, as `Solver.merge`."""
+        self._store.merge(other._store)
+        return self
+
+    def scores(
+        self,
+        queries: Gradients,
+        methods: Sequence[str | FlatSolver] = ("grad_dot", "datainf", "exact"),
+        damping: Damping | float | Sequence[Damping | float] = DEFAULT_DAMPING,
+    ) -> list[GramScores]:
+        """Influence of every training row, one entry per method and damping, in that order.
+
+        Args:
+            queries: {block: (m, r, d)}.
+            methods: "grad_dot" (which has no damping and so one entry), "datainf", "exact", "cg",
+                "lissa", or a solver object for its options; its own damping is not used.
+            damping: one or a grid of them.
+
+        Raises:
+            InputError: no training rows, or gradients that do not fit.
+            ValueError: a method that has no Gram form.
+        """
+        grid = [as_damping(x) for x in (damping if isinstance(damping, Sequence) else [damping])]
+        solvers = [solver for method in methods for solver in self._solvers(method, grid)]
+        store = self._store
+        if store.n == 0:
+            raise InputError("there are no training gradients: update() was given zero rows")
+        check_shapes(queries, {name: s.shape for name, s in store.blocks.items()}, "query")
+        for name, batch in queries.items():
+            sum_square(name, batch, "query")
+        totals: list[Tensor | None] = [None] * len(solvers)
+        for name in store.blocks:
+            V = queries[name].flatten(1).to(accumulation_dtype(queries[name]))
+            seen = store.seen(name, V)
+            for i, solver in enumerate(solvers):
+                S = -seen.L if solver is None else self._block(solver, name, V, seen, len(grid))
+                total = totals[i]
+                totals[i] = S if total is None else total.add_(S)
+            store.forget_grams()
+        return [
+            GramScores("grad_dot", Damping(), total, [])
+            if solver is None else GramScores(solver.method, solver.damping, total, solver.report())
+            for solver, total in zip(solvers, totals, strict=True)
+            if total is not None
+        ]  # fmt: skip
+
+    def _block(self, solver: FlatSolver, name: str, V: Tensor, seen: Seen, dampings: int) -> Tensor:
+        rows = self._store.rows[name]
+        if dampings >= EIGH_PAYS and isinstance(solver, Exact) and rows.n < rows.width:
+            solver.gram(name).diagonalise()
+        return solver.block_scores(name, V, seen)
+
+    def _solvers(
+        self, method: str | FlatSolver, grid: Sequence[Damping]
+    ) -> Iterator[FlatSolver | None]:
+        """The method at every damping, as solvers that share the store's rows and Gram matrices."""
+        if method == "grad_dot":
+            yield None
+            return
+        known = method in FLAT if isinstance(method, str) else isinstance(method, FlatSolver)
+        if not known:
+            name = method.method if isinstance(method, Solver) else repr(method)
+            raise ValueError(f"{name} has no Gram form, only {', '.join(('grad_dot', *FLAT))} have")
+        template = FLAT[method]() if isinstance(method, str) else method
+        for damping in grid:
+            solver = copy.copy(template)
+            solver.reset()
+            solver.damping = damping
+            solver.share(self._store)
+            yield solver.fit()

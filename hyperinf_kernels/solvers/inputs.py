@@ -1,0 +1,70 @@
+"""Per-sample gradients as solvers take them, and one clear error where they do not fit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..ops.checks import FLOATING
+from .rows import squares
+
+Gradients = Mapping[str, Tensor]
+
+
+def check_shapes(grads: Gradients, expected: Mapping[str, tuple[int, int]], role: str) -> None:
+    """Blocks and shapes of a batch of per-sample gradients; `role` is train or query."""
+    if not grads:
+        raise InputError(f"{role} gradients hold no block")
+    if expected and set(grads) != set(expected):
+        missing, extra = sorted(set(expected) - set(grads)), sorted(set(grads) - set(expected))
+        raise InputError(
+            f"{role} gradients have other blocks than the training gradients before them: "
+            f"missing {missing[:3]}, unexpected {extra[:3]}"
+        )
+    counts = {}
+    for name, batch in grads.items():
+        if not isinstance(batch, Tensor) or batch.dtype not in FLOATING or batch.ndim != 3:
+            what = tuple(batch.shape) if isinstance(batch, Tensor) else type(batch).__name__
+            raise InputError(
+                f"block {name}: {role} gradients must be a floating-point tensor (samples, r, d), "
+                f"got {what}"
+            )
+        shape = (int(batch.shape[1]), int(batch.shape[2]))
+        if name in expected and shape != tuple(expected[name]):
+            raise InputError(
+                f"block {name}: {role} gradients are {shape}, training gradients {expected[name]}"
+            )
+        counts[name] = len(batch)
+    if len(set(counts.values())) > 1:
+        one, other = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
+        raise InputError(
+            f"{role} gradients disagree on the number of samples: "
+            f"{one} has {counts[one]}, {other} has {counts[other]}"
+        )
+
+
+def sum_square(name: str, batch: Tensor, role: str, first_row: int = 0) -> float:
+    """||batch||^2 to about 1e-7, whatever its scale.
+
+    Raises:
+        InputError: NaN or inf, naming the block and the row.
+    """
+    total = float(squares(batch.flatten(1)).sum())
+    if not math.isfinite(total):
+        check_finite(name, batch, role, first_row)
+    return total
+
+
+def check_finite(name: str, batch: Tensor, role: str, first_row: int = 0) -> None:
+    """Name the block and the first row whose gradient holds NaN or inf."""
+    # NaN and inf both survive a sum of absolute values, which is one fast pass
+    if batch.numel() and not bool(torch.isfinite(batch.abs().sum(dtype=torch.float64))):
+        rows = torch.nonzero(~torch.isfinite(batch).flatten(1).all(1)).flatten()
+        raise InputError(
+            f"block {name}: the gradient of {role} row {first_row + int(rows[0])} holds NaN or inf "
+            f"({len(rows)} of {len(batch)} rows in this batch)"
+        )

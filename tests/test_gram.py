@@ -1,0 +1,309 @@
+"""Gram space: kept rows scored by n x n algebra, merged, re-damped, rooted and kept in files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import hyperinf_kernels as hk
+from hyperinf_kernels.solvers.rows import GradientRows, squares
+from tests import oracle
+from tests.test_solvers import peer_directions
+
+K = 8.0
+FLOOR = 16 * torch.finfo(torch.float32).eps
+EPS32 = torch.finfo(torch.float32).eps
+Grads = dict[str, Tensor]
+# n = 60: Gram space for the first two, the D x D side for the third
+BLOCKS = {"q.lora_A": (4, 90), "q.lora_B": (4, 31), "head": (2, 11)}
+ITERATIVE = {
+    "cg": {"tol": 1e-7},
+    "lissa": {"tol": 1e-5, "iterations": 100_000},
+}
+
+
+def gradients(n: int, seed: int, dtype: torch.dtype = torch.float32) -> Grads:
+    """Rows that share a direction, so that K is far from a multiple of I."""
+    generator = torch.Generator().manual_seed(seed)
+    common = torch.Generator().manual_seed(99)
+    out = {}
+    for i, (name, shape) in enumerate(BLOCKS.items()):
+        shared = torch.randn(1, *shape, generator=common, dtype=torch.float64)
+        weights = torch.rand(n, 1, 1, generator=generator, dtype=torch.float64)
+        noise = torch.randn(n, *shape, generator=generator, dtype=torch.float64)
+        out[name] = (10.0 ** (1 - i) * (3 * shared * weights + noise)).to(dtype)
+    return out
+
+
+def parts(grads: Grads, sizes: tuple[int, ...]) -> list[Grads]:
+    split = {name: g.split(sizes) for name, g in grads.items()}
+    return [{name: pieces[i] for name, pieces in split.items()} for i in range(len(sizes))]
+
+
+def fitted(solver: Any, grads: Grads, sizes: tuple[int, ...] = (7, 1, 40, 12)) -> Any:
+    for batch in parts(grads, sizes):
+        solver.update(batch)
+    return solver.fit()
+
+
+def truth(method: str, train: Grads, query: Grads, damping: oracle.Damping) -> np.ndarray:
+    known = "exact" if method in ITERATIVE else method
+    return oracle.influence(train, query, known, damping)
+
+
+def naive(method: str, train: Grads, query: Grads, damping: oracle.Damping) -> np.ndarray:
+    """The dense formula in fp32 torch."""
+    known = "exact" if method in ITERATIVE else method
+    total = 0.0
+    for name, grads in train.items():
+        W = peer_directions(grads, query[name], known, damping.of(grads, "flat"))
+        total = total - (W.flatten(1) @ grads.flatten(1).T).double().numpy()
+    return np.asarray(total)
+
+
+@pytest.mark.parametrize("m", [1, 5, 33], ids="m={}".format)
+@pytest.mark.parametrize("method", ["datainf", "exact", "cg", "lissa"])
+def test_scores_of_kept_rows_match_the_oracle(method: str, m: int) -> None:
+    train, query, rule = gradients(60, 1), gradients(m, 2), oracle.Damping(datainf=0.1)
+    scores = hk.influence(train, query, method, **ITERATIVE.get(method, {}))
+    want = truth(method, train, query, rule)
+    assert all(entry.converged for entry in scores.report)
+    if method in ITERATIVE:
+        worst = max(entry.residual * entry.condition_bound for entry in scores.report)
+        assert np.abs(scores.values.double().numpy() - want).max() <= worst * np.abs(want).max()
+        assert max(entry.residual for entry in scores.report) <= 1e-5
+    else:
+        peer = naive(method, train, query, rule)
+        oracle.assert_as_exact_as(scores.values, want, peer, k=K, floor=FLOOR)
+
+
+@pytest.mark.parametrize("m", [3, 40], ids="m={}".format)
+@pytest.mark.parametrize("damping", [1e-1, 1e-3, 1e-6])
+@pytest.mark.parametrize("method", ["datainf", "exact", "cg", "lissa"])
+def test_the_certificate_of_scores_is_true(method: str, damping: float, m: int) -> None:
+    """The residual of -W P^T against fp64: to a factor of two, or at the level of rounding."""
+    train = {"b": gradients(60, 1)["q.lora_A"]}
+    query = {"b": gradients(m, 2)["q.lora_A"]}
+    options = {"iterations": 40} if method == "lissa" else {}
+    scores = hk.influence(train, query, method, hk.DataInfDamping(damping), **options)
+    (entry,) = scores.report
+    P, V, S = (oracle.flatten(train["b"]), oracle.flatten(query["b"]), oracle.f64(scores.values))
+    L = V @ P.T
+    if method == "datainf":
+        want = -oracle.datainf(V, P, entry.damping) @ P.T
+        true = float(np.linalg.norm(S - want) / np.linalg.norm(want))
+    else:
+        E = L + S @ (P @ P.T) / 60 + entry.damping * S
+        true = float(np.linalg.norm(E) / np.linalg.norm(L))
+    if method == "datainf":
+        assert true / 2 <= entry.residual <= 4 * true
+    else:
+        assert true / 2 <= entry.residual <= 2 * true
+    assert not entry.converged or true <= 2e-3
+    assert method == "lissa" or entry.converged
+
+
+def test_own_influence_is_the_diagonal_of_the_scores() -> None:
+    train = gradients(60, 1)
+    for method in (hk.DataInf, hk.Exact, hk.CG, hk.LiSSA):
+        solver = fitted(method(), train)
+        want = sum(solver.scores(train).values()).diagonal()
+        own = solver.own_influence()
+        scale = float(want.abs().max())
+        assert own.shape == (60,)
+        torch.testing.assert_close(own, want, rtol=1e-3, atol=1e-5 * scale)
+        some = {name: g[5:9] for name, g in train.items()}
+        torch.testing.assert_close(
+            solver.self_influence(some), want[5:9], rtol=1e-2, atol=1e-3 * scale
+        )
+
+
+MERGING: dict[str, Any] = {
+    "datainf": hk.DataInf, "exact": hk.Exact, "cg": hk.CG, "lissa": hk.LiSSA,
+    "grad_dot": hk.GradDot, "hyperinf": hk.HyperINF,
+    "hyperinf rows": lambda: hk.HyperINF(side="rows"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("make", MERGING.values(), ids=MERGING.keys())
+def test_three_shards_merge_to_one_pass(make: Any) -> None:
+    train, query = gradients(60, 1), gradients(5, 2)
+    whole = fitted(make(), train)
+    shards = [make() for _ in range(3)]
+    for solver, batch in zip(shards, parts(train, (9, 1, 50)), strict=True):
+        solver.update(batch)
+    empty = make()
+    merged = empty.merge(shards[0]).merge(shards[1]).merge(shards[2]).fit()
+    assert merged.n == 60
+    assert shards[1].n == 1
+    want, got = whole.apply(query), merged.apply(query)
+    for name, W in want.items():
+        limit = 1e-5 * float(W.abs().max())
+        torch.testing.assert_close(got[name], W, rtol=1e-4, atol=limit)
+    assert [r.damping for r in merged.report()] == pytest.approx(
+        [r.damping for r in whole.report()], rel=1e-6
+    )
+
+
+def test_merge_refuses_what_does_not_fit() -> None:
+    train = gradients(6, 1)
+    solver = fitted(hk.Exact(), train, (6,))
+    with pytest.raises(hk.InputError, match="not with DataInf"):
+        solver.merge(fitted(hk.DataInf(), train, (6,)))
+    with pytest.raises(hk.InputError, match="not with itself"):
+        solver.merge(solver)
+    with pytest.raises(hk.InputError, match="different damping"):
+        solver.merge(fitted(hk.Exact(0.5), train, (6,)))
+    with pytest.raises(hk.InputError, match="different options"):
+        fitted(hk.CG(), train, (6,)).merge(fitted(hk.CG(tol=1e-3), train, (6,)))
+    other = {**train, "head": train["head"][:, :, :3]}
+    with pytest.raises(hk.InputError, match=r"different blocks: head \(2, "):
+        solver.merge(fitted(hk.Exact(), other, (6,)))
+    assert solver.n == 6
+
+
+@pytest.mark.parametrize("make", MERGING.values(), ids=MERGING.keys())
+def test_redamping_is_fitting_anew(make: Any) -> None:
+    train, query = gradients(60, 1), gradients(5, 2)
+    solver = fitted(make(), train)
+    solver.apply(query)
+    for damping in (1e-2, hk.DataInfDamping(3), hk.TraceDamping(0.3) + hk.AbsoluteDamping(0.1)):
+        got = solver.redamp(damping).apply(query)
+        fresh = make()
+        fresh.damping = solver.damping
+        want = fitted(fresh, train).apply(query)
+        for name, W in want.items():
+            torch.testing.assert_close(got[name], W, rtol=1e-4, atol=1e-5 * float(W.abs().max()))
+        assert [r.damping for r in solver.report()] == [r.damping for r in fresh.report()]
+
+
+def test_a_refused_damping_leaves_the_old_one() -> None:
+    train, query = gradients(60, 1), gradients(5, 2)
+    solver = fitted(hk.Exact(0.5), train)
+    want = solver.scores(query)
+    with pytest.raises(hk.InputError, match="needs a positive one"):
+        solver.redamp(0.0)
+    got = solver.scores(query)
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize(
+    "make", [hk.GradDot, hk.DataInf, hk.Exact, hk.KFAC, hk.EKFAC], ids=lambda c: c.method
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+def test_halves_multiply_to_influence(make: Any, dtype: torch.dtype) -> None:
+    train, query = gradients(60, 1, dtype), gradients(5, 2, dtype)
+    solver = fitted(make(), train)
+    x, y, W = solver.half(query), solver.half(train), solver.apply(query)
+    for name in train:
+        want = W[name].flatten(1).double() @ train[name].flatten(1).mT.double()
+        got = x[name].double() @ y[name].double().mT
+        limit = 1e-10 if dtype == torch.float64 else 1e-4
+        assert float((got - want).abs().max()) <= limit * float(want.abs().max())
+
+
+def test_a_method_without_a_root_names_those_that_have_one() -> None:
+    solver = fitted(hk.CG(), gradients(60, 1))
+    with pytest.raises(hk.InputError, match=r"cg has no half\(\).*datainf.*ekfac.*exact.*kfac"):
+        solver.half(gradients(2, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("make", [hk.DataInf, hk.Exact, hk.CG, hk.LiSSA], ids=lambda c: c.method)
+def test_rows_in_files_are_the_rows_in_memory(
+    make: Any, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hyperinf_kernels.solvers.rows.CHUNK_ROWS", 16)
+    train, query = gradients(60, 1, dtype), gradients(5, 2, dtype)
+    solver, mapped = fitted(make(), train), fitted(make(folder=tmp_path), train)
+    want, got = solver.scores(query), mapped.scores(query)
+    for name in want:
+        assert torch.equal(got[name], want[name])
+    (folder,) = tmp_path.iterdir()
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    assert size == sum(g.numel() * g.element_size() for g in train.values())
+    del mapped
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_probe_and_image_are_their_products() -> None:
+    for scratch_columns in (False, True):
+        rows = GradientRows(2500)
+        P = torch.randn(37, 2500)
+        for part in P.split((20, 1, 16)):
+            rows.append(part)
+        if scratch_columns:
+            rows._chunks = list(P.split((30, 7)))
+            rows._pending.clear()
+        V, B = torch.randn(3, 2500).double(), torch.randn(3, 37).double()
+        Y, KX = rows.sketch(B.mT)
+        torch.testing.assert_close(Y, P.double().mT @ B.mT, rtol=1e-12, atol=1e-9)
+        torch.testing.assert_close(KX, P.double() @ Y, rtol=1e-12, atol=1e-9)
+        dots, image = rows.probe(V, B)
+        P64 = P.double()
+        torch.testing.assert_close(dots, V @ P64.mT, rtol=1e-12, atol=1e-9)
+        torch.testing.assert_close(image, B @ P64 @ P64.mT, rtol=1e-12, atol=1e-9)
+        torch.testing.assert_close(rows.image(B), image, rtol=1e-12, atol=1e-9)
+        close = rows.image(B.float()).double()
+        assert float((close - image).norm()) <= 1e-6 * float(image.norm())
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-25, 1e25, 1e-41], ids=str)
+def test_squares_hold_at_every_scale(scale: float) -> None:
+    rows = (torch.randn(5, 1100) * scale).float()
+    rows[1] = 0
+    rows[2, 700] *= 1e-8
+    want = rows.double().square().sum(1)
+    torch.testing.assert_close(squares(rows), want, rtol=1e-6, atol=0)
+    rows[3, 4] = float("nan")
+    assert not bool(torch.isfinite(squares(rows)[3]))
+
+
+GRID = [1e-3, hk.DataInfDamping(0.1), hk.TraceDamping(1.0)]
+
+
+@pytest.mark.parametrize("by_spectrum", [False, True], ids=["cholesky", "eigenvectors"])
+def test_the_engine_gives_every_method_at_every_damping(
+    by_spectrum: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if by_spectrum:
+        monkeypatch.setattr("hyperinf_kernels.solvers.engine.EIGH_PAYS", 2)
+    train, query = gradients(60, 1), gradients(33, 2)
+    engines = [hk.GramEngine(), hk.GramEngine()]
+    for engine, batches in zip(engines, (parts(train, (60,)), []), strict=True):
+        for batch in batches:
+            engine.update(batch)
+    shards = [hk.GramEngine() for _ in range(3)]
+    for engine, batch in zip(shards, parts(train, (7, 1, 52)), strict=True):
+        engine.update(batch)
+    engine = shards[0].merge(shards[1]).merge(shards[2])
+    found = engine.scores(query, ("grad_dot", "datainf", "exact", hk.CG(tol=1e-7)), GRID)
+    assert [entry.method for entry in found] == ["grad_dot"] + [
+        m for m in ("datainf", "exact", "cg") for _ in GRID
+    ]
+    dot = found[0].values.double().numpy()
+    want = oracle.influence(train, query, "grad_dot")
+    assert np.abs(dot - want).max() <= 1e-5 * np.abs(want).max()
+    for entry in found[1:]:
+        alone = hk.influence(train, query, entry.method, entry.damping)
+        scale = float(alone.values.abs().max())
+        torch.testing.assert_close(entry.values, alone.values, rtol=1e-4, atol=1e-5 * scale)
+        assert [r.block for r in entry.report] == list(BLOCKS)
+        assert all(r.converged for r in entry.report)
+
+
+def test_the_engine_refuses_what_has_no_gram_form() -> None:
+    engine = hk.GramEngine()
+    with pytest.raises(hk.InputError, match="zero rows"):
+        engine.scores(gradients(2, 1))
+    engine.update(gradients(9, 1))
+    for method in ("hyperinf", hk.HyperINF()):
+        with pytest.raises(ValueError, match="hyperinf.* has no Gram form, only grad_dot, datainf"):
+            engine.scores(gradients(2, 1), (method,))
+    with pytest.raises(hk.InputError, match="query gradients"):
+        engine.scores({"head": gradients(2, 1)["head"]})
