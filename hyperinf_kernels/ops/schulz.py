@@ -27,7 +27,7 @@ Precision = Literal["ieee", "tf32x3", "tf32", "bf16"]
 Bounds = tuple[float | Tensor, float | Tensor]
 
 MAX_REFINEMENTS = 40
-EPS64 = torch.finfo(torch.float64).eps
+EPS32, EPS64 = torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps
 
 
 @overload
@@ -130,8 +130,9 @@ def schulz_solve(
 ) -> Tensor | tuple[Tensor, SolveInfo]:
     """V A^-1 for symmetric positive definite A, `torch.linalg.solve(A, V, left=False)`.
 
-    Dense Schulz products only until the residual of the inverse is 0.1; from there thin steps
-    W <- W + (V - W A) X with fp64 residuals, which reach fp32 accuracy even at condition 1e6.
+    Dense Schulz products only until the residual of the inverse is 0.1, in fp32 where that can hold
+    it; from there thin steps W <- W + (V - W A) X with fp64 residuals, which reach fp32 accuracy
+    even at condition 1e6, and fp64 accuracy for fp64 input.
 
     Args:
         A: (..., d, d). V: (..., m, d), the same batch dimensions.
@@ -159,7 +160,10 @@ def schulz_solve(
         return (V.clone(), info) if return_info else V.clone()
     lead = A.shape[:-2]
     scaled, scale, lower, upper = _scaled(A, bounds)
-    state = chain(scaled, lower, upper, COARSE, max_products, precision)
+    # the fp64 residuals of the thin steps take away whatever fp32 leaves, if it contracts at all
+    narrow = float((upper / lower).max()) * EPS32 < COARSE
+    start = scaled.float() if narrow else scaled
+    state = chain(start, lower, upper, COARSE, max_products, precision)
     A64, V64 = scaled.double(), V.reshape(-1, *V.shape[-2:]).double()
     W = _refine(A64, V64, state, tol or torch.finfo(dtype).eps, max_products)
 
