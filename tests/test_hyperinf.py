@@ -386,11 +386,11 @@ def test_rates_of_another_machine_change_the_route(tmp_path: Any, monkeypatch: A
         entry = {"source": "made up", "rates": table}
         path.write_text(json.dumps({"format": 1, "devices": {"cpu": entry}}))
         chosen.append(costs.cheaper_inverse(512, 8))
-        assert costs.rates("cpu").source == "made up"
+        assert costs.rates_of("cpu").source == "made up"
         # a device that was not calibrated keeps the shipped figures
-        assert costs.rates("cuda").source.startswith("shipped")
+        assert costs.rates_of("cuda").source.startswith("shipped")
         os.utime(path, ns=(len(chosen), len(chosen)))
     assert chosen == ["direct", "schulz"]
     path.write_text("{}")
     with pytest.raises(hk.InputError, match=r"rates\.json.*calibrate"):
-        costs.rates("cpu")
+        costs.rates_of("cpu")

@@ -79,7 +79,7 @@ def rates_path() -> Path:
     return Path(cache) / "hyperinf_kernels" / "rates.json"
 
 
-def rates(device: str | torch.device = "cpu") -> Rates:
+def rates_of(device: str | torch.device = "cpu") -> Rates:
     """The rates of this kind of device: calibrated ones where there are any, else the shipped.
 
     Raises:
@@ -129,16 +129,29 @@ def as_document(found: Rates) -> dict[str, Any]:
     return {"format": FORMAT, "devices": {found.device: {"source": found.source, "rates": table}}}
 
 
+def with_rates(path: Path, found: Rates) -> dict[str, Any]:
+    """`as_document`, with the other devices that a good file at `path` already holds."""
+    document = as_document(found)
+    try:
+        others = _read(path, path.stat().st_mtime_ns)
+    except (OSError, InputError):
+        return document
+    for device, entry in others.items():
+        if device != found.device:
+            document["devices"] |= as_document(entry)["devices"]
+    return document
+
+
 def inverse_seconds(
     d: int, batch: int = 1, condition: float = 1e4, dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
+    device: str | torch.device = "cpu", rates: Rates | None = None,
 ) -> dict[Literal["direct", "schulz"], float]:  # fmt: skip
     """Predicted seconds of inverting `batch` SPD matrices of `d` on a side, by both routes.
 
     Direct is a Cholesky inverse, d^3 flop; Schulz the cheapest chain to the dtype's roundoff at
     this condition, one finishing step, and the fp64 products that measure its residual.
     """
-    found = rates(device)
+    found = rates_of(device) if rates is None else rates
     suffix = "fp64" if dtype == torch.float64 else "fp32"
     product = 2.0 * d**3 * batch
     steps = chain_products(condition, max(torch.finfo(dtype).eps, 1e-8)) + 1

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..ops.checks import accumulation_dtype
-from ..ops.costs import rates
+from ..ops.costs import rates_of
 from . import routes
 from .base import BlockState, Gradients, Solver, check_shapes
 from .damping import DEFAULT_DAMPING, Damping, as_damping
@@ -110,7 +110,7 @@ class HyperINF(Solver):
             device: whose rates to use, see `ops.costs`.
         """
         return plan(
-            shapes, n, queries, rates(device), self.damping, side=self.side, inverse=self.inverse
+            shapes, n, queries, rates_of(device), self.damping, side=self.side, inverse=self.inverse
         )
 
     def apply(self, queries: Gradients) -> dict[str, Tensor]:
@@ -223,7 +223,7 @@ class HyperINF(Solver):
         r, d = state.shape if self.side == "cols" else state.shape[::-1]
         condition = 1 + state.sum_square / state.n / lam
         works = route_work(state.n, r, d, queries, condition, held_rows=gfim.holds_rows)
-        return cheapest(works, rates(gfim.device))
+        return cheapest(works, rates_of(gfim.device))
 
     def _solve(self, name: str, V: Tensor) -> tuple[Tensor, Outcome]:
         if self.side == "both":
