@@ -92,6 +92,8 @@ def _table(cells: list[dict[str, Any]], output: Path | None) -> None:
             *(f"{c[f'relative_{k}']:.1e}" for k in errors),
         )
     console = Console(stderr=True, markup=False)
+    if not console.is_terminal:
+        console.width = 110
     console.print(table)
     for c in cells:
         if c["published_floor"] is not None:

@@ -120,7 +120,7 @@ def test_blocks_of_equal_size_are_one_schulz_batch() -> None:
     with hk.trace_backends() as log:
         W = solver.apply(query)
     # wide and wider together, narrow, bias
-    assert sum(plan.kernel == "reference.schulz" for plan in log) == 3
+    assert sum(plan.kernel.endswith(".schulz") for plan in log) == 3
     for entry in solver.report():
         truth = expected(entry.block, train, query, entry.damping, "cols")
         error = np.abs(oracle.f64(W[entry.block]) - truth).max() / np.abs(truth).max()
@@ -260,7 +260,7 @@ def test_shards_that_do_not_fit_are_refused_and_change_nothing() -> None:
     other.update(grads(3, 1))
     odd = hk.HyperINF()
     odd.update(grads(3, 1) | {"bias": torch.randn(3, 1, 8)})
-    for bad, named in ((other, "side"), (odd, "bias"), (solver, "another")):
+    for bad, named in ((other, "options"), (odd, "bias"), (solver, "another")):
         with pytest.raises(hk.InputError, match=named):
             solver.merge(bad)
     assert solver.n == 3

@@ -213,7 +213,8 @@ def test_where_roundoff_times_condition_reaches_one_the_own_dtype_runs(
         _, info = hk.schulz_inverse(
             a, bounds=(1 / kappa, 1.0), precision=precision, return_info=True
         )
-    assert {plan.kernel for plan in log} == {"reference.schulz"}
+    assert len(log) == 1
+    assert log[0].kernel.endswith(".schulz")
     assert info.precision == "ieee"
     assert not bool(info.lowered)
 

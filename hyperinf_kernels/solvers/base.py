@@ -145,9 +145,124 @@ class Solver:
             solved[name] = W
         return solved
 
+    def redamp(self, damping: Damping | float) -> Self:
+        """Change the damping without a new pass over the training gradients.
+
+        Scores and directions are those of a solver fitted with `damping` from the start. The report
+        starts anew.
+
+        Raises:
+            InputError: a damping that this method or a block cannot take; the old one stays.
+        """
+        before, fitted = self.damping, bool(self.lambdas)
+        self.damping = as_damping(damping)
+        if not fitted:
+            return self
+        try:
+            return self.fit()
+        except InputError:
+            self.damping = before
+            self.fit()
+            raise
+
+    def merge(self, other: Self) -> Self:
+        """Take over what another solver was updated with, as if this one had seen it afterwards.
+
+        Sums are added and kept rows appended, so shards and ranks combine exactly (to the rounding
+        of a sum in another order). `fit` again afterwards; `other` stays as it is.
+
+        Raises:
+            InputError: another method, option, damping, block or shape.
+        """
+        if type(other) is not type(self) or other is self:
+            raise InputError(
+                f"{self.method} merges with another solver of the same method, not with "
+                f"{'itself' if other is self else type(other).__name__}"
+            )
+        for what, mine, theirs in (
+            ("options", self.options(), other.options()),
+            ("damping", self.damping, other.damping),
+        ):
+            if mine != theirs:
+                raise InputError(f"cannot merge solvers of different {what}: {mine} and {theirs}")
+        shapes = [{name: s.shape for name, s in x.blocks.items()} for x in (self, other)]
+        if shapes[0] and shapes[1] and shapes[0] != shapes[1]:
+            first = sorted(set(shapes[0].items()) ^ set(shapes[1].items()))[0]
+            raise InputError(
+                f"cannot merge solvers of different blocks: {first[0]} {first[1]} is in one of them"
+            )
+        if not other.blocks:
+            return self
+        self._merge(other)
+        for name, state in other.blocks.items():
+            mine_state = self.blocks.setdefault(name, BlockState(state.shape))
+            mine_state.n += state.n
+            mine_state.sum_square += state.sum_square
+        self.lambdas, self._reports = {}, {}
+        return self
+
+    def half(self, grads: Gradients) -> dict[str, Tensor]:
+        """Embeddings whose dot products are influence: half(x) . half(y) = <x A^-1, y> per block.
+
+        Args:
+            grads: {block: (B, r, d)}, the fitted blocks.
+
+        Returns:
+            {block: (B, k)}; k is r d unless the method says otherwise. Influence is minus the sum
+            of the blocks' dot products.
+
+        Raises:
+            InputError: a method without such a root (the message names those that have one), or
+                what `apply` raises.
+        """
+        if type(self)._half is Solver._half:
+            raise InputError(
+                f"{self.method} has no half(), because it forms no symmetric root of its inverse; "
+                f"methods that do: {', '.join(_with_half(Solver))}"
+            )
+        if not self.lambdas:
+            self.fit()
+        check_shapes(grads, {name: s.shape for name, s in self.blocks.items()}, "query")
+        for name, batch in grads.items():
+            sum_square(name, batch, "query")
+        return {
+            name: self._half(name, batch.to(accumulation_dtype(batch)))
+            for name, batch in grads.items()
+        }
+
+    def self_influence(self, grads: Gradients) -> Tensor:
+        """-<g_k A^-1, g_k> summed over blocks, (B,), for given gradients; O(B r d) for `grad_dot`.
+
+        What it costs per block beyond the dot products: one `apply` here, one rotation without the
+        way back for `kfac` and `ekfac`. Methods that keep their training rows give the values of
+        these rows from the Gram matrix alone by `own_influence`.
+
+        Args:
+            grads: {block: (B, r, d)}, the fitted blocks.
+
+        Raises:
+            InputError: as `apply`.
+        """
+        applied = self.apply(grads)
+        parts = [-(W * grads[name].to(W.dtype)).sum((1, 2)) for name, W in applied.items()]
+        return torch.stack(parts).sum(0)
+
     def report(self) -> list[BlockReport]:
         """One entry per block, the worst over all `apply` calls since `fit`."""
         return list(self._reports.values())
+
+    def _merge(self, other: Self) -> None:
+        """Add what `other` kept; here for methods whose state is a set of sums."""
+        mine = self._tensors()
+        sums = {
+            name: theirs.clone() if name not in mine else mine[name] + theirs.to(mine[name].device)
+            for name, theirs in other._tensors().items()
+        }
+        self._take_tensors(mine | sums)
+
+    def _half(self, name: str, V: Tensor) -> Tensor:
+        """(B, k) for V (B, r, d)."""
+        raise NotImplementedError
 
     def _record(
         self, name: str, state: BlockState, outcome: Outcome, collapse_angle: float | None
@@ -268,3 +383,12 @@ def check_finite(name: str, batch: Tensor, role: str, first_row: int = 0) -> Non
             f"block {name}: the gradient of {role} row {first_row + int(rows[0])} holds NaN or inf "
             f"({len(rows)} of {len(batch)} rows in this batch)"
         )
+
+
+def _with_half(kind: type[Solver]) -> list[str]:
+    """Methods that define `_half` or `half` themselves, by name."""
+    names = []
+    for sub in kind.__subclasses__():
+        own = sub._half is not Solver._half or sub.half is not Solver.half
+        names += [sub.method] * (own and "method" in vars(sub)) + _with_half(sub)
+    return sorted(set(names))

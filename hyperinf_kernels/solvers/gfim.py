@@ -8,9 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..errors import InputError
 from ..ops import gfim_accumulate_
-from .base import BlockState
 
 Side = Literal["cols", "rows", "both"]
 
@@ -97,11 +95,3 @@ class Gfim:
         if self._rows and not few and self.keep == "few":
             self._accumulate("cols", self.rows().unsqueeze(1))
             self._rows, self.keep = [], "none"
-
-
-def check_same_blocks(mine: Mapping[str, BlockState], theirs: Mapping[str, BlockState]) -> None:
-    """Two fits can be added where either is empty or both have the same blocks and shapes."""
-    here, there = ({name: s.shape for name, s in blocks.items()} for blocks in (mine, theirs))
-    if here and there and here != there:
-        odd = min(name for name in {*here, *there} if here.get(name) != there.get(name))
-        raise InputError(f"block {odd}: {here.get(odd)} here, {there.get(odd)} there")

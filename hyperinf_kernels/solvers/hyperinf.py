@@ -13,10 +13,10 @@ from ..errors import InputError
 from ..ops.checks import accumulation_dtype
 from ..ops.costs import rates_of
 from . import routes
-from .base import BlockState, Gradients, Solver, check_shapes
-from .damping import DEFAULT_DAMPING, Damping, as_damping
+from .base import BlockState, Gradients, Solver
+from .damping import DEFAULT_DAMPING, Damping
 from .flat import relative
-from .gfim import Gfim, Side, check_same_blocks
+from .gfim import Gfim, Side
 from .planning import ROUTES, SolvePlan, cheapest, plan, route_work
 from .report import RESIDUAL_LIMIT, Outcome, precision_of
 
@@ -121,52 +121,24 @@ class HyperINF(Solver):
         finally:
             self._queries, self._batched = {}, {}
 
-    def redamp(self, damping: Damping | float) -> Self:
-        """The same gradients under another damping; the sums are kept, so only solves are new."""
-        self.damping = as_damping(damping)
-        return self.fit()
+    def self_influence(self, grads: Gradients) -> Tensor:
+        """-<g A^-1, g> summed over blocks, (B,): one triangular solve per gradient, no way back."""
+        if self.mode == "paper":
+            return super().self_influence(grads)
+        parts = [x.double().square().sum(1) for x in self.half(grads).values()]
+        return -torch.stack(parts).sum(0).to(accumulation_dtype(*grads.values()))
 
-    def merge(self, other: Self) -> Self:
-        """Add the samples that another, equally set HyperINF has seen.
-
-        Raises:
-            InputError: another side, or other blocks or shapes.
-        """
-        if not isinstance(other, HyperINF) or other.side != self.side or other is self:
-            raise InputError("merge needs another HyperINF of the same side")
-        check_same_blocks(self.blocks, other.blocks)
-        for name, state in other.blocks.items():
-            total = self.blocks.setdefault(name, BlockState(state.shape))
-            total.n += state.n
-            total.sum_square += state.sum_square
-            self._gfim(name).merge(other._gfim(name))
-        self.lambdas = {}
-        self._factors.clear()
-        return self
-
-    def half(self, grads: Gradients) -> dict[str, Tensor]:
-        """Embeddings {block: (B, r d)} with half(x) . half(y) = <x A^-1, y>.
-
-        From A = F F^T by one triangular solve, x F^-T; on both sides for `side="both"`.
-
-        Raises:
-            InputError: paper mode, whose X_k is no inverse; names or shapes that do not fit.
-        """
+    def _half(self, name: str, V: Tensor) -> Tensor:
+        # from A = F F^T: V F^-T, on either side or on both
         if self.mode == "paper":
             raise InputError("half() needs mode='converged': paper mode does not invert")
-        if not self.lambdas:
-            self.fit()
-        check_shapes(grads, {name: s.shape for name, s in self.blocks.items()}, "query")
-        found = {}
-        for name, g in grads.items():
-            factors = {side: self._factor(name, side) for side in self._sides()}
-            found[name] = routes.half(g.double(), **factors).to(accumulation_dtype(g)).flatten(1)
-        return found
+        factors = {side: self._factor(name, side) for side in self._sides()}
+        return routes.half(V.double(), **factors).to(V.dtype).flatten(1)
 
-    def self_influence(self, grads: Gradients) -> Tensor:
-        """-<g A^-1, g> summed over blocks, (B,): one triangular solve per gradient."""
-        parts = [x.double().square().sum(1) for x in self.half(grads).values()]
-        return -torch.stack(parts).sum(0).float()
+    def _merge(self, other: Self) -> None:
+        for name, theirs in other.gfims.items():
+            self._gfim(name, other.blocks[name].shape).merge(theirs)
+        self._factors.clear()
 
     def curvature(self, name: str, side: str | None = None) -> Tensor:
         """A of a fitted block in fp64; of `side="both"` the factor of the given side."""
@@ -183,12 +155,12 @@ class HyperINF(Solver):
     def _sides(self) -> tuple[str, ...]:
         return ("rows", "cols") if self.side == "both" else (self.side,)
 
-    def _gfim(self, name: str) -> Gfim:
+    def _gfim(self, name: str, shape: tuple[int, int] | None = None) -> Gfim:
         if name not in self.gfims:
             held: Literal["few", "all", "none"] = "none"
             if self.mode == "converged" and self.inverse in ("auto", "dual"):
                 held = "few" if self.inverse == "auto" else "all"
-            self.gfims[name] = Gfim(*self.blocks[name].shape, self.side, held)
+            self.gfims[name] = Gfim(*(shape or self.blocks[name].shape), self.side, held)
         return self.gfims[name]
 
     def _keep(self, name: str, batch: Tensor, copy: bool) -> None:

@@ -53,9 +53,11 @@ def draw(cells: Sequence[Cell], path: Path) -> None:
     """Write the figure as PNG."""
     plt = pyplot()
     columns = min(4, len(cells))
-    rows = -(-len(cells) // columns)
+    rows, entries = -(-len(cells) // columns), 2 * columns
+    below = 0.55 + 0.2 * -(-len(STYLE) // entries)  # inches for the axis label and the legend
+    height = 3.4 * rows + below
     figure, axes = plt.subplots(
-        rows, columns, figsize=(4.6 * columns, 3.6 * rows + 0.6), squeeze=False, sharey=True
+        rows, columns, figsize=(4.8 * columns, height), squeeze=False, sharey=True
     )
     flat = list(axes.flat)
     for axis, cell in zip(flat, cells, strict=False):
@@ -74,10 +76,10 @@ def draw(cells: Sequence[Cell], path: Path) -> None:
         axis.set_visible(False)
     for row in axes:
         row[0].set_ylabel("relative error of A$^{-1}$v")
-    figure.supxlabel("dense d x d products", fontsize=10)
+    figure.tight_layout(rect=(0, below / height, 1, 1))
+    figure.text(0.5, (below - 0.2) / height, "dense d x d products", ha="center", fontsize=10)
     handles, labels = flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
-    figure.tight_layout(rect=(0, 0.9 / (3.6 * rows + 0.6), 1, 1))
+    figure.legend(handles, labels, loc="lower center", ncols=entries, fontsize=8, frameon=False)
     with atomic(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
     plt.close(figure)
