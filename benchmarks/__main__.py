@@ -8,6 +8,7 @@ from . import hooks as hooks  # registers itself
 from . import job as job
 from . import native as native
 from . import plots, registry
+from . import roberta as roberta
 
 
 def main() -> None:

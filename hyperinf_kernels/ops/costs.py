@@ -57,9 +57,9 @@ def _rates(device: str, source: str, **table: tuple[float, float]) -> Rates:
 SHIPPED = {
     "cpu": _rates(
         "cpu", "shipped: measured on 2 cores of an AMD EPYC with AVX-512",
-        gemm_fp32=(1.8e11, 40), gemm_fp64=(8e10, 30), factor_fp64=(4.5e10, 300),
-        inverse_fp32=(1.1e11, 500), inverse_fp64=(4.5e10, 300), thin_fp64=(2e10, 60),
-        gfim=(8e10, 30),
+        gemm_fp32=(2.7e11, 115), gemm_fp64=(1.1e11, 56), factor_fp64=(3.1e10, 220),
+        inverse_fp32=(1.1e11, 680), inverse_fp64=(3.3e10, 360), thin_fp64=(7.4e10, 41),
+        gfim=(1.1e11, 56),
     ),
     "cuda": _rates(
         "cuda", "shipped: assumed from data sheets of data-centre GPUs, not measured",
