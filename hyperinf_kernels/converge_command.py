@@ -94,6 +94,7 @@ def _table(cells: list[dict[str, Any]], output: Path | None) -> None:
     console = Console(stderr=True, markup=False)
     if not console.is_terminal:
         console.width = 110
+        console.print()  # the bars end without a line break there
     console.print(table)
     for c in cells:
         if c["published_floor"] is not None:

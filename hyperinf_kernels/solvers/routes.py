@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..ops import SolveInfo, schulz_solve
-from ..ops.bounds import lanczos, upper_bound
+from ..ops.bounds import lanczos, lower_estimate, upper_bound
 from .report import precision_of
 
 EPS64 = torch.finfo(torch.float64).eps
@@ -58,14 +58,17 @@ def direct(lower: Tensor, V: Tensor) -> Solved:
 def schulz(A: Tensor, V: Tensor, lams: Tensor, tol: float | None) -> tuple[Tensor, SolveInfo]:
     """By Chebyshev-scaled Schulz steps, one batched call for all blocks: A (B, d, d), V (B, q, d).
 
-    The damping bounds each spectrum below; trace, norms and Lanczos steps above.
+    The damping bounds each spectrum below, unless Lanczos steps see that it begins higher; trace,
+    norms and Lanczos steps bound it above.
     """
-    upper = upper_bound(A, lams, lanczos(A))
+    ritz = lanczos(A)
+    upper = upper_bound(A, lams, ritz)
+    lower = torch.minimum(torch.maximum(lams, lower_estimate(A, ritz)), upper)
     if tol is None:
         # what fp64 residuals can hold at this condition, and no tighter than W's rounding needs
         worst = float((upper / lams).max())
         tol = min(1e-3, max(1e-8, 64 * EPS64 * worst))
-    return schulz_solve(A, V, bounds=(lams, upper), tol=tol, return_info=True)
+    return schulz_solve(A, V, bounds=(lower, upper), tol=tol, return_info=True)
 
 
 def dual(rows: Tensor, n: int, lam: float, V: Tensor) -> Solved:
