@@ -10,6 +10,7 @@ from . import hooks as hooks
 from . import job as job
 from . import native as native
 from . import plots, registry
+from . import roberta as roberta
 
 
 def main() -> None:

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from .bench_command import bench
+from .converge_command import converge
 from .errors import InputError
 from .info import as_text, collect
 from .ops import BackendError
@@ -80,7 +82,7 @@ def run(job: str, as_json: bool, settings: dict[str, Any], **arguments: Any) -> 
     from . import jobs
     from .preparation import Settings
 
-    _check_device(settings["device"])
+    check_device(settings["device"])
     try:
         with Bars() as bars:
             chosen = Settings(**settings, progress=bars.advance)
@@ -288,7 +290,11 @@ def info(as_json: Json = False) -> None:
     print(json.dumps(collect(), indent=1) if as_json else as_text())
 
 
-def _check_device(name: str) -> None:
+app.command()(converge)
+app.command()(bench)
+
+
+def check_device(name: str) -> None:
     import torch
 
     try:

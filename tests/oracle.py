@@ -212,6 +212,16 @@ def hyperinf(queries: Any, grads: Any, lam: float, side: str = "cols") -> Array:
     return np.stack([np.linalg.solve(matrix, v) for v in f64(queries)])
 
 
+def hyperinf_both(queries: Any, grads: Any, lam: float) -> Array:
+    """(m, r, d): solve with the Kronecker product of both damped sides, formed as (r d) x (r d)."""
+    queries = f64(queries)
+    r, d = queries.shape[1:]
+    trace = float(np.mean(np.sum(f64(grads) ** 2, axis=(1, 2))))
+    rows = damped(gfim(grads, "rows") / np.sqrt(trace), np.sqrt(lam * d / r))
+    cols = damped(gfim(grads, "cols") / np.sqrt(trace), np.sqrt(lam * r / d))
+    return np.linalg.solve(np.kron(rows, cols), flatten(queries).T).T.reshape(queries.shape)
+
+
 def paper_inverse(matrix: Any, steps: int, start: float) -> Array:
     """Published iteration X <- X (2 I - A X) from X = start * I, `steps` times, no stop test."""
     matrix = f64(matrix)

@@ -723,7 +723,7 @@ def test_damping_must_be_positive_and_finite(method: str, make: Callable[[], Any
     ("method", "options", "named"),
     [
         pytest.param("hyperimf", {}, "hyperimf", id="unknown method"),
-        pytest.param("hyperinf", {"side": "both"}, "side", id="unknown side"),
+        pytest.param("hyperinf", {"side": "left"}, "side", id="unknown side"),
         pytest.param("hyperinf", {"mode": "quick"}, "mode", id="unknown mode"),
         pytest.param("hyperinf", {"inverse": "magic"}, "inverse", id="unknown inverse"),
         pytest.param(

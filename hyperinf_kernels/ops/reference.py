@@ -8,7 +8,7 @@ those of the op's docstring, written as one contraction each.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from torch import Tensor
 from .checks import accumulation_dtype
 from .dispatch import implements
 from .schedule import Step
+
+Product = Callable[[Tensor, Tensor], Tensor]
 
 # per-sample gradients that are only reduced are formed in slices of at most this many numbers
 SLICE_NUMBERS = 1 << 24
@@ -144,29 +146,31 @@ def spd_inverse(A: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @implements("schulz")
-def schulz(A: Tensor, start: Tensor, steps: Sequence[Step]) -> tuple[Tensor, int]:
+def schulz(
+    A: Tensor, start: Tensor, steps: Sequence[Step], product: Product = torch.matmul
+) -> tuple[Tensor, int]:
     """Run the steps from X = start * I; returns X and the number of d x d products."""
     eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     scale = start[..., None, None]
     X, products = scale * eye, 0
     for k, step in enumerate(steps):
-        R = eye - scale * A if k == 0 else eye - A @ X
-        factor, spent = _chebyshev_factor(R, eye, step)
-        X = scale * factor if k == 0 else X @ factor
+        R = eye - scale * A if k == 0 else eye - product(A, X)
+        factor, spent = _chebyshev_factor(R, eye, step, product)
+        X = scale * factor if k == 0 else product(X, factor)
         products += spent if k == 0 else spent + 2
     return X, products
 
 
-def _chebyshev_factor(R: Tensor, eye: Tensor, step: Step) -> tuple[Tensor, int]:
+def _chebyshev_factor(R: Tensor, eye: Tensor, step: Step, product: Product) -> tuple[Tensor, int]:
     """The factor Z with X' = X Z of one step of degree 2, 3, 5 or 9, and its products."""
     c = {name: value[..., None, None] for name, value in step.coefficients.items()}
     if step.degree == 2:
         return c["b0"] * eye + c["b1"] * R, 0
-    R2 = R @ R
+    R2 = product(R, R)
     if step.degree == 3:
         return eye + c["b1"] * (R + R2), 1
     if step.degree == 5:
-        return eye + (c["b1"] * eye + c["b3"] * R2) @ (R + R2), 2
-    Y = R2 @ (c["c1"] * R2 + c["c2"] * R)
-    Z = (Y + c["d2"] * R2 + c["d1"] * R) @ (Y + c["e2"] * R2)
+        return eye + product(c["b1"] * eye + c["b3"] * R2, R + R2), 2
+    Y = product(R2, c["c1"] * R2 + c["c2"] * R)
+    Z = product(Y + c["d2"] * R2 + c["d1"] * R, Y + c["e2"] * R2)
     return Z + c["e0"] * Y + c["b2"] * R2 + c["b1"] * R + eye, 3

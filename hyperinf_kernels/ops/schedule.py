@@ -31,7 +31,8 @@ class Step:
 @functools.lru_cache(maxsize=256)
 def cheapest_chain(total_degree: int) -> tuple[int, ...]:
     """Degrees, ascending, of the chain of least products whose degree reaches `total_degree`."""
-    most = {q: math.ceil(math.log(max(2, total_degree), q)) for q in PRODUCTS}
+    # at most one step below 9: (2, 2) costs as much as 5, (3, 3) and (5, 5) more than 9 and (3, 9)
+    most = dict.fromkeys(PRODUCTS, 1) | {9: math.ceil(math.log(max(2, total_degree), 9))}
     best: tuple[int, int, tuple[int, ...]] | None = None
     for counts in itertools.product(*(range(most[q] + 1) for q in PRODUCTS)):
         chain = tuple(q for q, count in zip(PRODUCTS, counts, strict=True) for _ in range(count))
@@ -41,6 +42,12 @@ def cheapest_chain(total_degree: int) -> tuple[int, ...]:
         best = key if best is None else min(best, key)
     assert best is not None
     return best[2]
+
+
+def chain_products(condition: float, target: float) -> int:
+    """Dense products of the cheapest chain to `target`, the free first step taken off."""
+    chain = cheapest_chain(degree_for(condition, target))
+    return sum(PRODUCTS[q] for q in chain) - FREE_FIRST_STEP
 
 
 def degree_for(condition: float, target: float) -> int:

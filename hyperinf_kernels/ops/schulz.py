@@ -8,17 +8,16 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .bounds import lower_estimate, upper_bound
-from .dispatch import call
-from .schedule import FREE_FIRST_STEP, PRODUCTS, Step, plan_steps
+from .bounds import lanczos, lower_estimate, upper_bound
+from .iteration import Iterate, chain, finish
 from .solve import (
     COARSE,
     SolveInfo,
     checked_matrices,
+    cholesky_inverse64,
     frobenius,
     inverse_floor,
     inverse_residual,
-    refuse_indefinite,
     refuse_overflow,
     solve_info,
     zeros,
@@ -28,7 +27,7 @@ Precision = Literal["ieee", "tf32x3", "tf32", "bf16"]
 Bounds = tuple[float | Tensor, float | Tensor]
 
 MAX_REFINEMENTS = 40
-EPS64 = torch.finfo(torch.float64).eps
+EPS32, EPS64 = torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps
 
 
 @overload
@@ -52,18 +51,20 @@ def schulz_inverse(
 ) -> Tensor | tuple[Tensor, SolveInfo]:
     """Inverse of symmetric positive definite matrices, `torch.linalg.inv(A)`, from products only.
 
-    Chebyshev-scaled Schulz steps (see `schedule`), then plain steps while the residual, measured in
-    fp64, still misses what is asked. A matrix that cannot get there is inverted directly in fp64,
-    and the info says so.
+    Chebyshev-scaled Schulz steps (see `schedule`), then coupled steps on the residual measured in
+    fp64 while that misses what is asked. A matrix that cannot get there is inverted directly in
+    fp64, and the info says which.
 
     Args:
         A: (..., d, d), fp16, bf16, fp32 or fp64.
         bounds: (lower, upper) of the spectrum, numbers or tensors of the batch's shape. With
-            damping lam: lower = lam, upper = trace. None: estimated.
+            damping lam: lower = lam, upper = trace. None: from Lanczos steps, see `bounds`.
         tol: residual ||I - A X||_F / sqrt(d) to reach. None: as exact as the dtype allows, about
             unit roundoff times the condition number.
-        max_products: dense products to spend at most before the direct solve.
-        precision: the lowest arithmetic the products may use; plain torch always runs "ieee".
+        max_products: dense products that any one matrix may cost before the direct solve.
+        precision: the lowest arithmetic the chain may use. A matrix whose condition times the unit
+            roundoff of that arithmetic is not below 1 (tf32: 2,048, bf16: 256) runs in its own
+            dtype, as every matrix does from then on. Without such hardware it is emulated: slower.
         return_info: also return a `SolveInfo`.
 
     Returns:
@@ -77,45 +78,34 @@ def schulz_inverse(
     if A.numel() == 0:
         info = solve_info(A, "schulz", 0, 0, zeros(A), tol, zeros(A))
         return (A.clone(), info) if return_info else A.clone()
-    lower, upper = _bounds(A, bounds)
+    lead, d = A.shape[:-2], A.shape[-1]
+    scaled, scale, lower, upper = _scaled(A, bounds)
     eps = torch.finfo(A.dtype).eps
-    start, steps = plan_steps(lower, upper, tol if tol is not None else max(eps, 1e-8))
-    # two products are kept back for the residual, before and after a fallback
-    steps = _within(steps, max_products - 2)
-    X, products = call("schulz", (A,), start.to(A.dtype), _in_dtype(steps, A.dtype))
-    R, residual = inverse_residual(A, X)
-    products += 1
-    iterations = len(steps)
     goal = tol if tol is not None else eps
-    active = (residual > goal) & (residual < 1)
-    while bool(active.any()) and products + 2 < max_products:
-        X_next = torch.where(active[..., None, None], X + X @ R.to(X.dtype), X)
-        R_next, residual_next = inverse_residual(A, X_next)
-        products, iterations = products + 2, iterations + 1
-        better = residual_next < residual
-        X = torch.where(better[..., None, None], X_next, X)
-        R = torch.where(better[..., None, None], R_next, R)
-        # far from the solution residuals shrink slowly; near it, anything short of halving is noise
-        improving = residual_next < torch.where(residual > COARSE, residual, residual / 2)
-        residual = torch.where(better, residual_next, residual)
-        active &= improving & (residual > goal)
+    # two products are kept back for the residual, before and after a fallback
+    state = chain(scaled, lower, upper, max(goal, 1e-8), max_products - 2, precision)
+    residual = finish(scaled, state, goal, max_products).reshape(lead)
+    X = (state.X / scale[:, None, None].to(A.dtype)).reshape(*lead, d, d)
     reached = residual <= (tol if tol is not None else inverse_floor(A, X))
     fallback = None
     if not bool(reached.all()):
-        direct = _cholesky_inverse64(A, ~reached).to(A.dtype)
+        direct = cholesky_inverse64(A, ~reached).to(A.dtype)
         X = X.masked_scatter((~reached)[..., None, None].expand_as(X), direct)
         fallback = (
             f"{int((~reached).sum())} of {reached.numel()} matrices missed "
-            f"{_asked(tol)} after {products} products (residual "
+            f"{_asked(tol)} after {int(state.products.max())} products (residual "
             f"{float(residual[~reached].max()):.2e}); inverted by Cholesky in fp64"
         )
-        _, residual = inverse_residual(A, X)
-        products += 1
+        # in the scaled system, whose norms cannot leave the range of fp64
+        _, measured = inverse_residual(scaled, X.reshape(-1, d, d).double() * scale[:, None, None])
+        residual = measured.reshape(lead)
+        state.products += (~reached).reshape(-1).long()
     refuse_overflow(X)
     if not return_info:
         return X
     limit = inverse_floor(A, X)
-    return X, solve_info(A, "schulz", products, iterations, residual, tol, limit, fallback)
+    info = _info(A, state, precision, residual, tol, limit, fallback, ~reached)
+    return X, info
 
 
 @overload
@@ -140,8 +130,9 @@ def schulz_solve(
 ) -> Tensor | tuple[Tensor, SolveInfo]:
     """V A^-1 for symmetric positive definite A, `torch.linalg.solve(A, V, left=False)`.
 
-    Dense Schulz products only until the residual of the inverse is 0.1; from there thin steps
-    W <- W + (V - W A) X with fp64 residuals, which reach fp32 accuracy even at condition 1e6.
+    Dense Schulz products only until the residual of the inverse is 0.1, in fp32 where that can hold
+    it; from there thin steps W <- W + (V - W A) X with fp64 residuals, which reach fp32 accuracy
+    even at condition 1e6, and fp64 accuracy for fp64 input.
 
     Args:
         A: (..., d, d). V: (..., m, d), the same batch dimensions.
@@ -167,60 +158,94 @@ def schulz_solve(
     if A.numel() == 0 or V.numel() == 0:
         info = solve_info(A, "schulz", 0, 0, zeros(A), tol, zeros(A))
         return (V.clone(), info) if return_info else V.clone()
-    lower, upper = _bounds(A, bounds)
-    start, steps = plan_steps(lower, upper, COARSE)
-    steps = _within(steps, max_products)
-    X, products = call("schulz", (A,), start.to(dtype), _in_dtype(steps, dtype))
+    lead = A.shape[:-2]
+    scaled, scale, lower, upper = _scaled(A, bounds)
+    # the fp64 residuals of the thin steps take away whatever fp32 leaves, if it contracts at all
+    narrow = float((upper / lower).max()) * EPS32 < COARSE
+    start = scaled.float() if narrow else scaled
+    state = chain(start, lower, upper, COARSE, max_products, precision)
+    A64, V64 = scaled.double(), V.reshape(-1, *V.shape[-2:]).double()
+    W = _refine(A64, V64, state, tol or torch.finfo(dtype).eps, max_products)
 
-    eps = torch.finfo(dtype).eps
-    A64, V64, X64 = A.double(), V.double(), X.double()
     norm = frobenius(V64).clamp_min(torch.finfo(torch.float64).tiny)
-    W, best = V64 @ X64, torch.full_like(norm, float("inf"))
-    refinements = 0
-    for _ in range(MAX_REFINEMENTS):
-        E = V64 - W @ A64
-        residual = frobenius(E) / norm
-        slow = residual > best / 2
-        best = torch.minimum(best, residual)
-        floor64 = 2 * EPS64 * (1 + upper * frobenius(W) / norm)
-        unfinished = residual > (tol or eps) / 4
-        if not bool(unfinished.any()):
-            break
-        if bool((slow & unfinished).any()):
-            # above their floor thin steps stall only because X is too coarse
-            at_floor = bool((residual <= floor64)[slow & unfinished].all())
-            if at_floor or products + 2 > max_products:
-                break
-            X64 = 2 * X64 - X64 @ (A64 @ X64)
-            products, best = products + 2, torch.full_like(best, float("inf"))
-        W, refinements = W + E @ X64, refinements + 1
-    out = W.to(dtype)
-    residual = frobenius(V64 - out.double() @ A64) / norm
-    top = A64.abs().sum(-1).amax(-1)
-    floor = (8 * eps * (1 + top * frobenius(W) / norm)).clamp_max(COARSE)
+    spread = scale[:, None, None]
+    out = (W / spread).to(dtype)
+    residual = frobenius(V64 - (out.double() * spread) @ A64) / norm
+    gain = A64.abs().sum(-1).amax(-1) * frobenius(W) / norm
+    floor = (8 * torch.finfo(dtype).eps * (1 + gain)).clamp_max(COARSE)
     reached = residual <= (tol if tol is not None else floor)
     fallback = None
     if not bool(reached.all()):
-        inverse = _cholesky_inverse64(A, ~reached)
-        direct = V64[~reached] @ inverse
-        direct = direct + (V64[~reached] - direct @ A64[~reached]) @ inverse
-        out = out.masked_scatter((~reached)[..., None, None].expand_as(out), direct.to(dtype))
+        missed = ~reached
+        inverse = cholesky_inverse64(A, missed.reshape(lead)) * spread[missed]
+        direct = V64[missed] @ inverse
+        direct = direct + (V64[missed] - direct @ A64[missed]) @ inverse
+        out[missed] = (direct / spread[missed]).to(dtype)
         fallback = (
-            f"{int((~reached).sum())} of {reached.numel()} systems missed {_asked(tol)} "
-            f"(residual {float(residual[~reached].nan_to_num(torch.inf).max()):.2e}); "
+            f"{int(missed.sum())} of {reached.numel()} systems missed {_asked(tol)} "
+            f"(residual {float(residual[missed].nan_to_num(torch.inf).max()):.2e}); "
             "solved by Cholesky in fp64"
         )
-        residual = frobenius(V64 - out.double() @ A64) / norm
+        residual = frobenius(V64 - (out.double() * spread) @ A64) / norm
+    out = out.reshape(V.shape)
     if not return_info:
         return out
-    iterations = len(steps) + refinements
-    return out, solve_info(A, "schulz", products, iterations, residual, tol, floor, fallback)
+    info = _info(
+        A, state, precision, residual.reshape(lead), tol, floor.reshape(lead), fallback,
+        ~reached.reshape(lead),
+    )  # fmt: skip
+    return out, info
 
 
-def _bounds(A: Tensor, bounds: Bounds | None) -> tuple[Tensor, Tensor]:
-    A64 = A.double()
+def _refine(A: Tensor, V: Tensor, state: Iterate, goal: float, budget: int) -> Tensor:
+    """W with W A = V in fp64 (B, m, d), by thin steps and, where those stall, one more dense one.
+
+    Updates `state`: its X, and the products and steps of each matrix.
+    """
+    X = state.X.double()
+    norm = frobenius(V).clamp_min(torch.finfo(torch.float64).tiny)
+    top = A.abs().sum(-1).amax(-1)
+    W, best = V @ X, torch.full_like(norm, float("inf"))
+    for _ in range(MAX_REFINEMENTS):
+        E = V - W @ A
+        residual = frobenius(E) / norm
+        slow = residual > best / 2
+        best = torch.minimum(best, residual)
+        unfinished = residual > goal / 4
+        if not bool(unfinished.any()):
+            break
+        stalled = slow & unfinished
+        if bool(stalled.any()):
+            # above their floor thin steps stall only because X is too coarse
+            floor = 2 * EPS64 * (1 + top * frobenius(W) / norm)
+            coarse = stalled & (residual > floor)
+            if not bool(coarse.any()) or int(state.products.max()) + 2 > budget:
+                break
+            X[coarse] = 2 * X[coarse] - X[coarse] @ (A[coarse] @ X[coarse])
+            state.products[coarse] += 2
+            best[coarse] = float("inf")
+        W = W + E @ X
+        state.steps += unfinished.long()
+    return W
+
+
+def _scaled(A: Tensor, bounds: Bounds | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A / s as (B, d, d), s a power of two per matrix near its top, and the bounds of A / s.
+
+    Exact, and no intermediate can then leave the range of fp32.
+    """
+    flat = A.reshape(-1, *A.shape[-2:])
+    A64 = flat.double()
     if bounds is None:
-        return lower_estimate(A64), upper_bound(A64)
+        ritz = lanczos(A64)
+        lower, upper = lower_estimate(A64, ritz), upper_bound(A64, ritz=ritz)
+    else:
+        lower, upper = (b.reshape(-1) for b in _given(A, bounds))
+    scale = torch.exp2(torch.floor(torch.log2(upper)))
+    return (A64 / scale[:, None, None]).to(A.dtype), scale, lower / scale, upper / scale
+
+
+def _given(A: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor]:
     try:
         lower, upper = (
             torch.as_tensor(b, dtype=torch.float64, device=A.device).expand(A.shape[:-2])
@@ -236,27 +261,16 @@ def _bounds(A: Tensor, bounds: Bounds | None) -> tuple[Tensor, Tensor]:
     return lower, upper
 
 
-def _within(steps: list[Step], max_products: int) -> list[Step]:
-    spent, kept = -FREE_FIRST_STEP, []
-    for step in steps:
-        spent += PRODUCTS[step.degree]
-        if spent > max_products:
-            break
-        kept.append(step)
-    return kept
-
-
-def _in_dtype(steps: list[Step], dtype: torch.dtype) -> list[Step]:
-    return [Step(s.degree, {k: c.to(dtype) for k, c in s.coefficients.items()}) for s in steps]
-
-
-def _cholesky_inverse64(A: Tensor, chosen: Tensor) -> Tensor:
-    """fp64 inverses of the chosen matrices of the batch."""
-    factor, info = torch.linalg.cholesky_ex(A[chosen].double())
-    failed = torch.zeros_like(chosen)
-    failed[chosen] = info > 0
-    refuse_indefinite(failed, "Cholesky fails in fp64")
-    return torch.cholesky_inverse(factor)
+def _info(
+    A: Tensor, state: Iterate, precision: str, residual: Tensor, tol: float | None,
+    floor: Tensor, fallback: str | None, replaced: Tensor,
+) -> SolveInfo:  # fmt: skip
+    lowered = state.lowered.reshape(A.shape[:-2])
+    return solve_info(
+        A, "schulz", int(state.products.max()), int(state.steps.max()), residual, tol, floor,
+        fallback, precision=precision if bool(lowered.any()) else "ieee", lowered=lowered,
+        replaced=replaced,
+    )  # fmt: skip
 
 
 def _asked(tol: float | None) -> str:

@@ -21,12 +21,14 @@ class SolveInfo:
     Attributes:
         method: "schulz" or "direct".
         backend: the backend of the dense products.
-        precision: the arithmetic that really ran (a lower one is a permission, not an order).
-        products: dense d x d products spent, the certifying one included.
-        iterations: Schulz steps, or thin refinements added to them.
+        precision: the lowest arithmetic that really ran (asking for it is a permission).
+        products: dense d x d products, the certifying one included, of the costliest matrix.
+        iterations: Schulz steps, or thin refinements added to them, of the same.
         residual: ||I - A X||_F / ||I||_F or ||V - W A||_F / ||V||_F, measured in fp64.
         converged: residual within `tol`, or within the dtype's floor when `tol` is None.
         fallback: None, or why (some) matrices were solved directly in fp64 instead.
+        replaced: True where that direct result was returned.
+        lowered: True where the chain ran in `precision` rather than in the matrix's own dtype.
     """
 
     method: str
@@ -37,6 +39,8 @@ class SolveInfo:
     residual: Tensor
     converged: Tensor
     fallback: str | None
+    replaced: Tensor
+    lowered: Tensor
 
 
 def checked_matrices(
@@ -89,6 +93,19 @@ def refuse_indefinite(bad: Tensor, why: str) -> None:
         raise ValueError(f"{name} is not positive definite: {why}; add damping")
 
 
+def cholesky_inverse64(A: Tensor, chosen: Tensor) -> Tensor:
+    """fp64 inverses of the chosen matrices of the batch.
+
+    Raises:
+        ValueError: one of them is not positive definite, by its index.
+    """
+    factor, info = torch.linalg.cholesky_ex(A[chosen].double())
+    failed = torch.zeros_like(chosen)
+    failed[chosen] = info > 0
+    refuse_indefinite(failed, "Cholesky fails in fp64")
+    return torch.cholesky_inverse(factor)
+
+
 def inverse_floor(A: Tensor, X: Tensor) -> Tensor:
     """The residual that rounding leaves in an inverse of this condition number, per matrix."""
     condition = A.abs().sum(-1).amax(-1).double() * X.abs().sum(-1).amax(-1).double()
@@ -128,6 +145,10 @@ def solve_info(
     tol: float | None,
     floor: Tensor,
     fallback: str | None = None,
+    *,
+    precision: str = "ieee",
+    replaced: Tensor | None = None,
+    lowered: Tensor | None = None,
 ) -> SolveInfo:
     """The info of a finished solve; `floor` is per matrix and counts where `tol` is None."""
     limit = tol if tol is not None else floor
@@ -135,6 +156,16 @@ def solve_info(
         note = f"{A.dtype} attains about {float(residual.max()):.1e} here"
         fallback = f"{fallback}; {note}" if fallback else note
     backend = explain("schulz", A).backend
+    nowhere = torch.zeros(A.shape[:-2], dtype=torch.bool, device=A.device)
     return SolveInfo(
-        method, backend, "ieee", products, iterations, residual, residual <= limit, fallback
+        method=method,
+        backend=backend,
+        precision=precision,
+        products=products,
+        iterations=iterations,
+        residual=residual,
+        converged=residual <= limit,
+        fallback=fallback,
+        replaced=nowhere if replaced is None else replaced,
+        lowered=nowhere if lowered is None else lowered,
     )

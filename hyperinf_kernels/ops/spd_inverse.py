@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
+from .costs import cheaper_inverse
 from .dispatch import call, explain
 from .schulz import schulz_inverse
 from .solve import (
@@ -40,7 +42,8 @@ def spd_inverse(
     Args:
         A: (..., d, d), fp16, bf16, fp32 or fp64.
         method: "direct" is a Cholesky inverse, d^3 flop; "schulz" is `schulz_inverse`; "auto" takes
-            the faster one, which is "direct" wherever it has been measured so far.
+            the faster one as `costs.cheaper_inverse` predicts it: "direct" on every processor
+            measured so far.
         return_info: also return a `SolveInfo`.
 
     Returns:
@@ -57,6 +60,13 @@ def spd_inverse(
     if method == "schulz":
         return schulz_inverse(A, return_info=True) if return_info else schulz_inverse(A)
     A = checked_shape(A)
+    size, batch = A.shape[-1], math.prod(A.shape[:-2])
+    if (
+        method == "auto"
+        and A.numel()
+        and cheaper_inverse(size, batch, dtype=A.dtype, device=A.device) == "schulz"
+    ):
+        return schulz_inverse(A, return_info=True) if return_info else schulz_inverse(A)
     # the compiled kernel tests every matrix while it has it in cache, and its inverse
     tested = A.numel() > 0 and explain("spd_inverse", A).backend == "cpu"
     if not tested:

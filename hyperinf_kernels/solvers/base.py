@@ -323,7 +323,6 @@ def _with_half(kind: type[Solver]) -> list[str]:
     """Methods that define `_half` or `half` themselves, by name."""
     names = []
     for sub in kind.__subclasses__():
-        if sub._half is not Solver._half or sub.half is not Solver.half:
-            names.append(sub.method)
-        names += _with_half(sub)
+        own = sub._half is not Solver._half or sub.half is not Solver.half
+        names += [sub.method] * (own and "method" in vars(sub)) + _with_half(sub)
     return sorted(set(names))

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..ops import gfim_accumulate_, schulz_solve
-from .base import BlockState, Solver
+from ..ops.checks import accumulation_dtype
+from ..ops.costs import rates_of
+from . import routes
+from .base import BlockState, Gradients, Solver
 from .damping import DEFAULT_DAMPING, Damping
 from .flat import relative
+from .gfim import Gfim, Side
+from .planning import ROUTES, SolvePlan, cheapest, plan, route_work
 from .report import RESIDUAL_LIMIT, Outcome, precision_of
 
 Mode = Literal["converged", "paper"]
-Inverse = Literal["auto", "direct", "schulz"]
+Inverse = Literal["auto", "direct", "schulz", "dual", "cg"]
 
 PAPER_LIMIT = 1e-2
-EPS64 = torch.finfo(torch.float64).eps
+BATCH_NUMBERS = 1 << 23  # of all matrices of one batched Schulz call
+FACTOR_NUMBERS = 1 << 27  # of all Cholesky factors kept between calls
 
 
 class HyperINF(Solver):
@@ -35,10 +41,17 @@ class HyperINF(Solver):
     Args:
         damping: as for every solver.
         side: "cols" is the d x d matrix that the released code uses for LoRA A and B alike;
-            "rows" the r x r matrix mean_i g_i g_i^T, a different approximation.
+            "rows" the r x r matrix R = mean_i g_i g_i^T, a different approximation; "both" the
+            Kronecker product of the two, R (x) C / t with t = mean ||g||^2 = tr R = tr C, as
+            W = (R / sqrt t + sqrt(lambda d / r) I)^-1 V (C / sqrt t + sqrt(lambda r / d) I)^-1.
+            That split of lambda is Martens and Grosse's (arXiv 1503.05671, section 6.3): the two
+            terms are in the ratio of the factors' mean eigenvalues and multiply to lambda.
         mode: "converged" or "paper".
         inverse: converged mode only. "direct" is one fp64 Cholesky, "schulz" Chebyshev-scaled
-            Schulz steps with thin refinement, "auto" the faster of the two as measured.
+            Schulz steps with thin refinement, equal blocks in one batch, "dual" a Cholesky of the
+            n r x n r Gram matrix of the gradients' rows, "cg" conjugate gradients; "auto" takes
+            the cheapest by the cost model (`plan`), where the dual needs n r < d. Side "both" is
+            always direct.
         tol: converged mode only; residual to reach, None: as exact as fp32 allows.
         iterations, start, extra_damping: paper mode only.
     """
@@ -52,7 +65,7 @@ class HyperINF(Solver):
         self,
         damping: Damping | float = DEFAULT_DAMPING,
         *,
-        side: Literal["cols", "rows"] = "cols",
+        side: Side = "cols",
         mode: Mode = "converged",
         inverse: Inverse = "auto",
         tol: float | None = None,
@@ -61,9 +74,9 @@ class HyperINF(Solver):
         extra_damping: float = 1e-3,
     ) -> None:
         for name, value, known in (
-            ("side", side, ("cols", "rows")),
+            ("side", side, ("cols", "rows", "both")),
             ("mode", mode, ("converged", "paper")),
-            ("inverse", inverse, ("auto", "direct", "schulz")),
+            ("inverse", inverse, ("auto", *ROUTES)),
         ):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
@@ -72,125 +85,230 @@ class HyperINF(Solver):
                 "iterations must be at least 1, start positive and extra_damping not negative, "
                 f"got {iterations}, {start}, {extra_damping}"
             )
+        if side != "cols" and inverse == "dual":
+            raise ValueError(f"inverse='dual' is for side='cols', got side={side!r}")
+        if side == "both" and (mode == "paper" or inverse not in ("auto", "direct")):
+            raise ValueError("side='both' has mode='converged' and inverse='direct' only")
         self.side, self.mode, self.inverse, self.tol = side, mode, inverse, tol
         self.iterations, self.start, self.extra_damping = iterations, start, extra_damping
         super().__init__(damping)
 
     def reset(self) -> None:
         super().reset()
-        self.sums: dict[str, Tensor] = {}
+        self.gfims: dict[str, Gfim] = {}
+        self._factors: dict[tuple[str, str], Tensor] = {}
+        self._queries: Gradients = {}
+        self._batched: dict[str, tuple[Tensor, routes.Solved]] = {}
+
+    def plan(
+        self, shapes: Mapping[str, tuple[int, int]], n: int, queries: int, device: str = "cpu"
+    ) -> SolvePlan:
+        """The route of every block and its predicted cost, before anything runs.
+
+        Args:
+            shapes: {block: (r, d)}. n: training samples. queries: query gradients.
+            device: whose rates to use, see `ops.costs`.
+        """
+        return plan(
+            shapes, n, queries, rates_of(device), self.damping, side=self.side, inverse=self.inverse
+        )
+
+    def apply(self, queries: Gradients) -> dict[str, Tensor]:
+        # blocks that are solved in one batch need each other's queries
+        self._queries = queries
+        try:
+            return super().apply(queries)
+        finally:
+            self._queries, self._batched = {}, {}
+
+    def self_influence(self, grads: Gradients) -> Tensor:
+        """-<g A^-1, g> summed over blocks, (B,): one triangular solve per gradient, no way back."""
+        if self.mode == "paper":
+            return super().self_influence(grads)
+        parts = [x.double().square().sum(1) for x in self.half(grads).values()]
+        return -torch.stack(parts).sum(0).to(accumulation_dtype(*grads.values()))
+
+    def _half(self, name: str, V: Tensor) -> Tensor:
+        # from A = F F^T: V F^-T, on either side or on both
+        if self.mode == "paper":
+            raise InputError("half() needs mode='converged': paper mode does not invert")
+        factors = {side: self._factor(name, side) for side in self._sides()}
+        return routes.half(V.double(), **factors).to(V.dtype).flatten(1)
+
+    def _merge(self, other: Self) -> None:
+        for name, theirs in other.gfims.items():
+            self._gfim(name, other.blocks[name].shape).merge(theirs)
+        self._factors.clear()
+
+    def curvature(self, name: str, side: str | None = None) -> Tensor:
+        """A of a fitted block in fp64; of `side="both"` the factor of the given side."""
+        state, lam = self.blocks[name], self.lambdas[name]
+        side = side or ("cols" if self.side == "both" else self.side)
+        A = self._gfim(name).total(side) / state.n
+        if self.side == "both":
+            r, d = state.shape
+            A /= math.sqrt(state.sum_square / state.n) or 1.0
+            lam = math.sqrt(lam * (d / r if side == "rows" else r / d))
+        A.diagonal().add_(lam)
+        return A
+
+    def _sides(self) -> tuple[str, ...]:
+        return ("rows", "cols") if self.side == "both" else (self.side,)
+
+    def _gfim(self, name: str, shape: tuple[int, int] | None = None) -> Gfim:
+        if name not in self.gfims:
+            held: Literal["few", "all", "none"] = "none"
+            if self.mode == "converged" and self.inverse in ("auto", "dual"):
+                held = "few" if self.inverse == "auto" else "all"
+            self.gfims[name] = Gfim(*(shape or self.blocks[name].shape), self.side, held)
+        return self.gfims[name]
 
     def _keep(self, name: str, batch: Tensor, copy: bool) -> None:
-        if name not in self.sums:
-            size = self._size(self.blocks[name])
-            self.sums[name] = torch.zeros(size, size, dtype=torch.float64, device=batch.device)
-        # summed in fp64: what fp32 would lose here, no certificate could see later
-        gfim_accumulate_(self.sums[name], batch, side=self.side)
-
-    def _size(self, state: BlockState) -> int:
-        return state.shape[1 if self.side == "cols" else 0]
+        self._gfim(name).add(batch, copy)
+        self._factors.clear()
 
     def _mean_eigenvalue(self, state: BlockState) -> float:
-        return state.sum_square / state.n / self._size(state)
+        if self.side == "both":
+            return state.mean_square
+        return state.sum_square / state.n / state.shape[0 if self.side == "rows" else 1]
 
     def _fit_block(self, name: str, lam: float) -> None:
+        self._factors.clear()
         if self.mode == "paper":
             self.lambdas[name] = lam + self.extra_damping
 
-    def curvature(self, name: str) -> Tensor:
-        """A = C + lambda I of a fitted block, in fp64."""
-        state = self.blocks[name]
-        A = self.sums[name] / state.n
-        A.diagonal().add_(self.lambdas[name])
-        return A
+    def _factor(self, name: str, side: str, A: Tensor | None = None) -> Tensor:
+        """The Cholesky factor of A, kept for later batches of queries."""
+        if (name, side) not in self._factors:
+            A = self.curvature(name, side) if A is None else A
+            if sum(map(Tensor.numel, self._factors.values())) + A.numel() > FACTOR_NUMBERS:
+                self._factors.clear()
+            self._factors[name, side] = routes.factor(name, A, self.n, self.lambdas[name])
+        return self._factors[name, side]
+
+    def _route(self, name: str, queries: int) -> str:
+        gfim, state, lam = self._gfim(name), self.blocks[name], self.lambdas[name]
+        if self.inverse != "auto" and (self.inverse != "dual" or gfim.holds_rows):
+            return self.inverse
+        if lam <= 0:
+            return "direct"
+        r, d = state.shape if self.side == "cols" else state.shape[::-1]
+        condition = 1 + state.sum_square / state.n / lam
+        works = route_work(state.n, r, d, queries, condition, held_rows=gfim.holds_rows)
+        return cheapest(works, rates_of(gfim.device))
 
     def _solve(self, name: str, V: Tensor) -> tuple[Tensor, Outcome]:
-        A = self.curvature(name)
-        if self.mode == "paper":
-            A = A.to(V.dtype)
+        if self.side == "both":
+            return self._both(name, V)
         # the row side acts from the left: (A^-1 g)^T = g^T A^-1
-        thin = (V if self.side == "cols" else V.mT).reshape(-1, A.shape[-1])
-        if self.mode == "paper":
-            W, outcome = self._paper(name, A, thin)
-        elif self.inverse == "schulz":
-            W, outcome = self._schulz(name, A, thin)
+        turned = V.mT if self.side == "rows" else V
+        thin = turned.reshape(-1, turned.shape[-1])
+        V64, lam = thin.double(), self.lambdas[name]
+        route = "paper" if self.mode == "paper" else self._route(name, len(V))
+        if route not in ("direct", "paper") and lam <= 0:
+            raise InputError(f"block {name}: {route} needs a positive damping, got {lam:g}")
+        if route == "dual":
+            rows = self._gfim(name).rows()
+            solved = routes.dual(rows, self.n, lam, V64)
+            W = solved.W.to(V.dtype)
+            E = V64 - routes.dual_product(rows, self.n, lam, W.double())
         else:
-            W, outcome = self._direct(name, A, thin)
-        if self.side == "cols":
-            return W.view_as(V), outcome
-        return W.view(len(V), V.shape[2], V.shape[1]).mT.contiguous(), outcome
+            A, solved = self._dense(name, route, V64, V.dtype)
+            W = solved.W.to(V.dtype)
+            E = V64 - W.double() @ A
+        W = W.view(turned.shape)
+        outcome = self._outcome(name, solved, relative(E, V64))
+        return (W.mT.contiguous() if self.side == "rows" else W), outcome
 
-    def _direct(self, name: str, A: Tensor, V: Tensor) -> tuple[Tensor, Outcome]:
+    def _dense(
+        self, name: str, route: str, V: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, routes.Solved]:
+        if route == "schulz":
+            if name not in self._batched:
+                self._solve_alike(name)
+            return self._batched.pop(name)
+        A = self.curvature(name)
+        if route == "direct":
+            return A, routes.direct(self._factor(name, self.side, A), V)
+        if route == "cg":
+            return A, routes.cg(lambda W: W @ A, V, min(1e-7, (self.tol or 1e-3) / 4))
+        A = A.to(dtype)
+        solved = routes.released(A, V.to(dtype), self.lambdas[name], self.start, self.iterations)
+        return A.double(), solved
+
+    def _solve_alike(self, first: str) -> None:
+        """Solve `first` and the blocks of equal size behind it in one batched call."""
+        shape = self.blocks[first].shape
+        most = max(1, BATCH_NUMBERS // shape[0 if self.side == "rows" else 1] ** 2)
+        names = [
+            name for name in self._queries
+            if self.blocks[name].shape == shape
+            and name not in self._batched
+            and self.lambdas[name] > 0
+            and self._route(name, len(self._queries[name])) == "schulz"
+        ]  # fmt: skip
+        names = names[names.index(first) :][:most]
+        A = torch.stack([self.curvature(name) for name in names])
+        queries = [self._queries[name].double() for name in names]
+        turned = [V.mT if self.side == "rows" else V for V in queries]
+        V = torch.stack([t.reshape(-1, t.shape[-1]) for t in turned])
+        lams = torch.tensor(
+            [self.lambdas[name] for name in names], dtype=torch.float64, device=A.device
+        )
+        W, info = routes.schulz(A, V, lams, self.tol)
+        for i, name in enumerate(names):
+            fallback = info.fallback if bool(info.replaced[i]) else None
+            self._batched[name] = A[i], routes.Solved(
+                W[i], info.products, info.iterations, precision_of(self._queries[name]),
+                info.backend, fallback,
+            )  # fmt: skip
+
+    def _both(self, name: str, V: Tensor) -> tuple[Tensor, Outcome]:
+        A = {side: self.curvature(name, side) for side in self._sides()}
+        factors = {side: self._factor(name, side, A[side]) for side in A}
         V64 = V.double()
-        factor, info = torch.linalg.cholesky_ex(A)
-        pivots = factor.diagonal().square()
-        # without damping a singular matrix can pass by rounding luck, so its pivots are judged
-        lucky = float(pivots.min()) <= 64 * len(A) * EPS64 * float(pivots.max())
-        if int(info) > 0 or (self.lambdas[name] <= 0 and lucky):
-            raise InputError(
-                f"block {name}: the GFIM of {self.n} samples plus damping "
-                f"{self.lambdas[name]:g} is singular; add damping"
-            )
-        W64 = torch.cholesky_solve(V64.mT, factor).mT
-        W = W64.to(V.dtype)
-        residual = relative(V64 - W.double() @ A, V64)
-        return W, Outcome(
-            precision="fp64",
-            condition_bound=self._condition_bound(name),
-            products=1,
-            residual=residual,
-            converged=residual <= (self.tol if self.tol is not None else RESIDUAL_LIMIT),
-        )
+        W = routes.both(V64, **factors).to(V.dtype)
+        E = V64 - A["rows"] @ W.double() @ A["cols"]
+        return W, self._outcome(name, routes.Solved(W, products=2), relative(E, V64))
 
-    def _schulz(self, name: str, A: Tensor, V: Tensor) -> tuple[Tensor, Outcome]:
-        lam = self.lambdas[name]
-        if lam <= 0:
-            raise InputError(f"block {name}: Schulz needs a positive damping, got {lam:g}")
-        # inflated by rounding, since a bound 1 % too small diverges
-        bounds = (lam, float(A.diagonal().sum()) * 1.01)
-        W, info = schulz_solve(A.to(V.dtype), V, bounds=bounds, tol=self.tol, return_info=True)
-        residual = relative(V.double() - W.double() @ A, V)
-        return W, Outcome(
-            backend=info.backend,
-            precision=precision_of(W),
-            condition_bound=self._condition_bound(name),
-            products=info.products,
-            iterations=info.iterations,
-            residual=residual,
-            converged=residual <= (self.tol if self.tol is not None else RESIDUAL_LIMIT),
-            fallback=info.fallback,
-        )
+    def _condition_bound(self, name: str) -> float | None:
+        bound = super()._condition_bound(name)
+        if self.side != "both" or bound is None:
+            return bound
+        # each factor has trace sqrt t and the damping of its own side
+        r, d = self.blocks[name].shape
+        root = math.sqrt(bound - 1)
+        return (1 + root * math.sqrt(r / d)) * (1 + root * math.sqrt(d / r))
 
-    def _paper(self, name: str, A: Tensor, V: Tensor) -> tuple[Tensor, Outcome]:
-        eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
-        X = self.start * eye
-        for _ in range(self.iterations):
-            X = X @ (2 * eye - A @ X)
-        W = V.to(A.dtype) @ X
-        residual = relative(V.double() - W.double() @ A.double(), V)
-        # diagonal entries lie between the extreme eigenvalues, and the trace bounds the largest
-        low = self.start * self.lambdas[name]
-        high = self.start * float(A.diagonal().sum())
-        note = f"residual {residual:.1e}" if not residual <= PAPER_LIMIT else None
-        if not bool(torch.isfinite(X).all()):
-            note = f"start * mu reaches at most {high:.1e}; the iteration diverges above 2"
-        elif low * 2.0**self.iterations < 1:
-            note = (
-                f"not converged: start * 2^{self.iterations} * lambda = "
-                f"{low * 2.0**self.iterations:.1e}, directions below 1 are scaled, not inverted"
-            )
-        return W, Outcome(
-            precision=precision_of(A),
+    def _outcome(self, name: str, solved: routes.Solved, residual: float) -> Outcome:
+        limit, fallback = self.tol if self.tol is not None else RESIDUAL_LIMIT, solved.fallback
+        if self.mode == "paper":
+            limit = PAPER_LIMIT
+            if fallback is None and not residual <= limit:
+                fallback = f"residual {residual:.1e}"
+        return Outcome(
+            backend=solved.backend,
+            precision=solved.precision,
             condition_bound=self._condition_bound(name),
-            products=2 * self.iterations,
-            iterations=self.iterations,
+            products=solved.products,
+            iterations=solved.iterations,
             residual=residual,
-            converged=note is None,
-            fallback=note,
+            converged=residual <= limit and (self.mode != "paper" or fallback is None),
+            fallback=fallback,
         )
 
     def _tensors(self) -> dict[str, Tensor]:
-        return dict(self.sums)
+        return {
+            _key(self.side, word, name): tensor
+            for name, gfim in self.gfims.items()
+            for word, tensor in gfim.tensors().items()
+        }
 
     def _take_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        self.sums = dict(tensors)
+        for name in self.blocks:
+            keys = {word: _key(self.side, word, name) for word in ("cols", "rows", "samples")}
+            self._gfim(name).take({w: tensors[key] for w, key in keys.items() if key in tensors})
+
+
+def _key(side: str, word: str, name: str) -> str:
+    return name if word == side else f"{word}:{name}"

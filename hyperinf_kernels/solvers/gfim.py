@@ -1,0 +1,97 @@
+"""What HyperINF keeps of a block's gradients: sums, or the rows behind them while those are few."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..ops import gfim_accumulate_
+
+Side = Literal["cols", "rows", "both"]
+
+
+class Gfim:
+    """sum_i g_i^T g_i (cols), g_i g_i^T (rows) or both, in fp64, of gradients (B, r, d).
+
+    With `rows="few"` the stacked rows Y (n r, d) are kept instead while n r < d, so that the
+    n r x n r dual stays possible; the d x d sum takes their place once it is the smaller of the
+    two. With "all" they are kept to the end, with "none" never. Sums of two objects add exactly as
+    further batches would.
+    """
+
+    def __init__(self, r: int, d: int, side: Side, rows: Literal["few", "all", "none"]) -> None:
+        self.r, self.d, self.side = r, d, side
+        self.keep = rows if side == "cols" else "none"
+        self._sums: dict[str, Tensor] = {}
+        self._rows: list[Tensor] = []
+
+    def add(self, batch: Tensor, copy: bool) -> None:
+        """Take in (B, r, d), B > 0."""
+        if self.keep != "none":
+            rows = batch.reshape(-1, self.d)
+            # a view of the caller's memory, unless the reshape or this clone copied
+            shared = rows.untyped_storage().data_ptr() == batch.untyped_storage().data_ptr()
+            self._rows.append(rows.clone() if copy and shared else rows)
+            self._settle()
+        else:
+            for side in ("cols", "rows") if self.side == "both" else (self.side,):
+                self._accumulate(side, batch)
+
+    def merge(self, other: Gfim) -> None:
+        """Add another object's samples; it keeps its own."""
+        self._rows += other._rows
+        for side, total in other._sums.items():
+            mine = self._sums.get(side)
+            self._sums[side] = total.clone() if mine is None else mine + total.to(mine.device)
+        self._settle()
+
+    def total(self, side: str) -> Tensor:
+        """The fp64 sum over all samples; never to be written to."""
+        if self._rows:
+            # only ever the column side
+            out = torch.zeros(self.d, self.d, dtype=torch.float64, device=self._rows[0].device)
+            if side in self._sums:
+                out += self._sums[side]
+            return gfim_accumulate_(out, self.rows().unsqueeze(1))
+        return self._sums[side]
+
+    def rows(self) -> Tensor:
+        """Y (n r, d) while it is kept."""
+        if len(self._rows) > 1:
+            self._rows = [torch.cat(self._rows)]
+        return self._rows[0]
+
+    @property
+    def holds_rows(self) -> bool:
+        """Whether all samples are there as rows."""
+        return bool(self._rows) and not self._sums
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter([*self._sums.values(), *self._rows])).device
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a saved solver keeps, by a word each."""
+        return {**self._sums, **({"samples": self.rows()} if self._rows else {})}
+
+    def take(self, tensors: Mapping[str, Tensor]) -> None:
+        """Inverse of `tensors`."""
+        self._sums = {word: t for word, t in tensors.items() if word != "samples"}
+        self._rows = [tensors["samples"]] if "samples" in tensors else []
+
+    def _accumulate(self, side: str, batch: Tensor) -> None:
+        if side not in self._sums:
+            size = self.d if side == "cols" else self.r
+            self._sums[side] = torch.zeros(size, size, dtype=torch.float64, device=batch.device)
+        # summed in fp64: what fp32 would lose here, no certificate could see later
+        gfim_accumulate_(self._sums[side], batch, side="cols" if side == "cols" else "rows")
+
+    def _settle(self) -> None:
+        """Exchange rows for their sum once they are no longer the smaller of the two."""
+        few = sum(map(len, self._rows)) < self.d and not self._sums
+        if self._rows and not few and self.keep == "few":
+            self._accumulate("cols", self.rows().unsqueeze(1))
+            self._rows, self.keep = [], "none"
