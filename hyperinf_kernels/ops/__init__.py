@@ -2,6 +2,7 @@
 
 from . import cpu as cpu
 from . import reference as reference
+from . import triton as triton
 from .accumulate import gfim_accumulate_, gram_accumulate_
 from .dispatch import BackendError, Plan, explain, trace_backends
 from .per_sample import pairwise_dot, per_sample_dot, per_sample_grad, per_sample_norm_sq

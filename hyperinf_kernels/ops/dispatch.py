@@ -8,7 +8,6 @@ and the request, so the whole policy is unit-tested without the hardware it desc
 from __future__ import annotations
 
 import functools
-import importlib.util
 import logging
 import os
 import warnings
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import native
+from . import gpu, native
 
 log = logging.getLogger("hyperinf_kernels")
 
@@ -63,17 +62,30 @@ class TensorMeta(NamedTuple):
 
 @dataclass(frozen=True)
 class Capability:
-    """What this machine has. `missing` maps a backend to the reason it cannot be used at all."""
+    """What this machine has.
+
+    `missing` maps a backend to the reason it cannot be used at all; `device` is the compute
+    capability of the CUDA device, None without one.
+    """
 
     missing: Mapping[str, str] = field(default_factory=dict)
+    device: tuple[int, int] | None = None
+
+
+def _no_settings(metas: tuple[TensorMeta, ...], machine: Capability) -> Mapping[str, Any]:
+    return {}
 
 
 class Kernel(NamedTuple):
-    """One implementation of an op. `refuse` returns the reason it cannot take these tensors."""
+    """One implementation of an op.
+
+    `refuse` returns the reason it cannot take these tensors, `config` the settings it runs with.
+    """
 
     name: str
     run: Callable[..., Any]
     refuse: Callable[[tuple[TensorMeta, ...]], str | None]
+    config: Callable[[tuple[TensorMeta, ...], Capability], Mapping[str, Any]] = _no_settings
 
 
 KERNELS: dict[str, dict[str, Kernel]] = {}
@@ -85,12 +97,13 @@ def implements(
     op: str,
     backend: str = "torch",
     refuse: Callable[[tuple[TensorMeta, ...]], str | None] = lambda metas: None,
+    config: Callable[[tuple[TensorMeta, ...], Capability], Mapping[str, Any]] = _no_settings,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register the decorated function as `backend`'s kernel for `op`."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
-        KERNELS.setdefault(op, {})[backend] = Kernel(name, function, refuse)
+        KERNELS.setdefault(op, {})[backend] = Kernel(name, function, refuse, config)
         return function
 
     return register
@@ -100,14 +113,13 @@ def implements(
 def capability() -> Capability:
     """Probe this machine once; each absent backend keeps its reason and remedy."""
     missing = {}
-    if importlib.util.find_spec("triton") is None:
-        missing["triton"] = "triton is not installed (pip install 'hyperinf_kernels[triton]')"
-    elif not torch.cuda.is_available():
-        missing["triton"] = "no CUDA device is visible"
+    unfit = gpu.triton_missing()
+    if unfit:
+        missing["triton"] = unfit
     unbuilt = native.missing()
     if unbuilt:
         missing["cpu"] = unbuilt
-    return Capability(missing)
+    return Capability(missing, gpu.capability())
 
 
 def select(
@@ -145,7 +157,7 @@ def select(
             refusal = kernel.refuse(metas)
         if refusal is None and kernel is not None:
             reason = "; ".join(f"{b}: {why}" for b, why in refusals) or "first choice"
-            return Plan(backend, kernel.name, {}, reason)
+            return Plan(backend, kernel.name, kernel.config(metas, machine), reason)
         refusals.append((backend, str(refusal)))
     raise BackendError(f"{op}: no backend can run it: {refusals}")
 

@@ -144,8 +144,13 @@ def spd_inverse(A: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @implements("schulz")
-def schulz(A: Tensor, start: Tensor, steps: Sequence[Step]) -> tuple[Tensor, int]:
-    """Run the steps from X = start * I; returns X and the number of d x d products."""
+def schulz(
+    A: Tensor, start: Tensor, steps: Sequence[Step], precision: str = "ieee", symmetric: bool = False
+) -> tuple[Tensor, int]:
+    """Run the steps from X = start * I; returns X and the number of d x d products.
+
+    `precision` and `symmetric` permit cheaper products, which plain torch does not take.
+    """
     eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     scale = start[..., None, None]
     X, products = scale * eye, 0

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+import math
+from dataclasses import replace
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from . import checks
 from .bounds import lower_estimate, upper_bound
-from .dispatch import call
+from .dispatch import call, explain
 from .schedule import FREE_FIRST_STEP, PRODUCTS, Step, plan_steps
 from .solve import (
     COARSE,
@@ -23,11 +25,16 @@ from .solve import (
     solve_info,
     zeros,
 )
+from .triton import arithmetic
 
 Precision = Literal["ieee", "tf32x3", "tf32", "bf16"]
 Bounds = tuple[float | Tensor, float | Tensor]
 
 MAX_REFINEMENTS = 40
+# unit roundoff of the operands times the condition number stays below 1
+LARGEST_CONDITION = {"bf16": 256.0, "tf32": 2048.0}
+# mirrored products lose the square of the condition number
+LARGEST_MIRRORED = 1e3
 EPS64 = torch.finfo(torch.float64).eps
 
 
@@ -63,7 +70,8 @@ def schulz_inverse(
         tol: residual ||I - A X||_F / sqrt(d) to reach. None: as exact as the dtype allows, about
             unit roundoff times the condition number.
         max_products: dense products to spend at most before the direct solve.
-        precision: the lowest arithmetic the products may use; plain torch always runs "ieee".
+        precision: the lowest arithmetic the products may use, raised where the condition number
+            does not bear it; plain torch always runs "ieee".
         return_info: also return a `SolveInfo`.
 
     Returns:
@@ -82,7 +90,8 @@ def schulz_inverse(
     start, steps = plan_steps(lower, upper, tol if tol is not None else max(eps, 1e-8))
     # two products are kept back for the residual, before and after a fallback
     steps = _within(steps, max_products - 2)
-    X, products = call("schulz", (A,), start.to(A.dtype), _in_dtype(steps, A.dtype))
+    permitted = _permitted(lower, upper, precision)
+    X, products = call("schulz", (A,), start.to(A.dtype), _in_dtype(steps, A.dtype), **permitted)
     R, residual = inverse_residual(A, X)
     products += 1
     iterations = len(steps)
@@ -115,7 +124,8 @@ def schulz_inverse(
     if not return_info:
         return X
     limit = inverse_floor(A, X)
-    return X, solve_info(A, "schulz", products, iterations, residual, tol, limit, fallback)
+    info = solve_info(A, "schulz", products, iterations, residual, tol, limit, fallback)
+    return X, replace(info, precision=_precision_run(A, permitted))
 
 
 @overload
@@ -170,7 +180,8 @@ def schulz_solve(
     lower, upper = _bounds(A, bounds)
     start, steps = plan_steps(lower, upper, COARSE)
     steps = _within(steps, max_products)
-    X, products = call("schulz", (A,), start.to(dtype), _in_dtype(steps, dtype))
+    permitted = _permitted(lower, upper, precision)
+    X, products = call("schulz", (A,), start.to(dtype), _in_dtype(steps, dtype), **permitted)
 
     eps = torch.finfo(dtype).eps
     A64, V64, X64 = A.double(), V.double(), X.double()
@@ -214,7 +225,8 @@ def schulz_solve(
     if not return_info:
         return out
     iterations = len(steps) + refinements
-    return out, solve_info(A, "schulz", products, iterations, residual, tol, floor, fallback)
+    info = solve_info(A, "schulz", products, iterations, residual, tol, floor, fallback)
+    return out, replace(info, precision=_precision_run(A, permitted))
 
 
 def _bounds(A: Tensor, bounds: Bounds | None) -> tuple[Tensor, Tensor]:
@@ -234,6 +246,21 @@ def _bounds(A: Tensor, bounds: Bounds | None) -> tuple[Tensor, Tensor]:
     if not bool(((lower > 0) & (lower <= upper) & torch.isfinite(upper)).all()):
         raise ValueError(f"bounds must satisfy 0 < lower <= upper < inf, got {bounds}")
     return lower, upper
+
+
+def _permitted(lower: Tensor, upper: Tensor, precision: str) -> dict[str, Any]:
+    """The cheapest products, up to what the caller allows, that these bounds bear."""
+    condition = float((upper / lower).max())
+    if condition > LARGEST_CONDITION.get(precision, math.inf):
+        bears_tf32 = precision == "bf16" and condition <= LARGEST_CONDITION["tf32"]
+        precision = "tf32" if bears_tf32 else "tf32x3"
+    return {"precision": precision, "symmetric": condition <= LARGEST_MIRRORED}
+
+
+def _precision_run(A: Tensor, permitted: dict[str, Any]) -> str:
+    if explain("schulz", A).backend != "triton":
+        return "ieee"
+    return arithmetic(A.shape[-1], permitted["precision"])
 
 
 def _within(steps: list[Step], max_products: int) -> list[Step]:
