@@ -2,7 +2,6 @@
 
 from . import cpu as cpu
 from . import reference as reference
-from . import triton as triton
 from .accumulate import gfim_accumulate_, gram_accumulate_
 from .dispatch import BackendError, Plan, explain, trace_backends
 from .per_sample import pairwise_dot, per_sample_dot, per_sample_grad, per_sample_norm_sq
@@ -10,6 +9,7 @@ from .schulz import schulz_inverse, schulz_solve
 from .sherman_morrison import sherman_morrison
 from .solve import SolveInfo
 from .spd_inverse import spd_inverse
+from .triton import entry as entry
 
 __all__ = [
     "BackendError",

@@ -25,7 +25,7 @@ from .solve import (
     solve_info,
     zeros,
 )
-from .triton import arithmetic
+from .triton.entry import arithmetic
 
 Precision = Literal["ieee", "tf32x3", "tf32", "bf16"]
 Bounds = tuple[float | Tensor, float | Tensor]

@@ -22,15 +22,19 @@ PARTIAL_NUMBERS = 1 << 26  # 256 MB of partial sums at most
 
 
 @triton.jit
-def _add_tile(C, i, j, rows, cols, stride_cm, stride_cn, value, SYMMETRIC: tl.constexpr):
-    """Add a tile to C, and with SYMMETRIC its transpose to the mirrored place."""
-    at = C + i[:, None].to(tl.int64) * stride_cm + j[None, :].to(tl.int64) * stride_cn
-    inside = (i < rows)[:, None] & (j < cols)[None, :]
+def _add_tile(
+    C, i, j, rows, cols, stride_cm, stride_cn, value, mirror, SYMMETRIC: tl.constexpr
+):  # fmt: skip
+    """Add a tile to C and, where `mirror`, its transpose to the mirrored place."""
+    i = i[:, None].to(tl.int64)
+    j = j[None, :].to(tl.int64)
+    inside = (i < rows) & (j < cols)
+    at = C + i * stride_cm + j * stride_cn
     tl.store(at, tl.load(at, mask=inside, other=0.0) + value, mask=inside)
     if SYMMETRIC:
-        inside = inside & (tl.min(i) != tl.min(j))
-        at = C + j[None, :].to(tl.int64) * stride_cm + i[:, None].to(tl.int64) * stride_cn
-        tl.store(at, tl.load(at, mask=inside, other=0.0) + value, mask=inside)
+        if mirror:
+            at = C + j * stride_cm + i * stride_cn
+            tl.store(at, tl.load(at, mask=inside, other=0.0) + value, mask=inside)
 
 
 @triton.jit
@@ -65,7 +69,8 @@ def _accumulate_kernel(
         if row_tile == col_tile:
             acc = 0.5 * (acc + tl.trans(acc))
     if splits == 1:
-        _add_tile(C + b * stride_cb, i, j, rows, cols, stride_cm, stride_cn, alpha * acc, SYMMETRIC)
+        _add_tile(C + b * stride_cb, i, j, rows, cols, stride_cm, stride_cn, alpha * acc,
+                  row_tile != col_tile, SYMMETRIC)  # fmt: skip
     else:
         at = PARTIAL + (pid.to(tl.int64) * BLOCK * BLOCK) + tl.arange(0, BLOCK)[:, None] * BLOCK
         tl.store(at + tl.arange(0, BLOCK)[None, :], acc)
@@ -82,22 +87,16 @@ def _reduce_kernel(
     b = (pid // (tiles * strips)).to(tl.int64)
     tile = (pid // strips) % tiles
     within = (pid % strips) * STRIP + tl.arange(0, STRIP)
-    i = tl.load(ORDER + 2 * tile) * BLOCK + within
-    j = tl.load(ORDER + 2 * tile + 1) * BLOCK + tl.arange(0, BLOCK)
-    at = PARTIAL + (b * splits * tiles + tile) * BLOCK * BLOCK
-    at += within[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    row_tile = tl.load(ORDER + 2 * tile)
+    col_tile = tl.load(ORDER + 2 * tile + 1)
+    j = tl.arange(0, BLOCK)
+    at = PARTIAL + (b * splits * tiles + tile) * BLOCK * BLOCK + within[:, None] * BLOCK + j[None, :]
     total = tl.zeros((STRIP, BLOCK), dtype=tl.float32)
     for _ in range(splits):
         total += tl.load(at)
         at += tiles.to(tl.int64) * BLOCK * BLOCK
-    C += b * stride_cb
-    inside = (i < rows)[:, None] & (j < cols)[None, :]
-    c_at = C + i[:, None].to(tl.int64) * stride_cm + j[None, :].to(tl.int64) * stride_cn
-    tl.store(c_at, tl.load(c_at, mask=inside, other=0.0) + alpha * total, mask=inside)
-    if SYMMETRIC:
-        if tl.load(ORDER + 2 * tile) != tl.load(ORDER + 2 * tile + 1):
-            c_at = C + j[None, :].to(tl.int64) * stride_cm + i[:, None].to(tl.int64) * stride_cn
-            tl.store(c_at, tl.load(c_at, mask=inside, other=0.0) + alpha * total, mask=inside)
+    _add_tile(C + b * stride_cb, row_tile * BLOCK + within, col_tile * BLOCK + j, rows, cols,
+              stride_cm, stride_cn, alpha * total, row_tile != col_tile, SYMMETRIC)  # fmt: skip
 
 
 def splits_of(depth: int, tiles: int, arch: int, block: int) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .configs import choose
 from .launch import arch_of, on_device, precision_here
-from .per_sample import per_sample, products_of
+from .per_sample import per_sample
 from .tile import dot
 
 
@@ -88,5 +88,3 @@ def sherman_morrison_factored(V: Tensor, delta: Tensor, act: Tensor, lam: Tensor
     weights = dots / (lam + norms)[:, None]
     return (V - weighted_sum(delta, act, weights) / len(delta)) / lam
 
-
-__all__ = ["products_of", "sherman_morrison_factored", "weighted_sum"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from .configs import ARCHS, rows_of
 
+HALVES = (torch.float16, torch.bfloat16)
 # multiprocessors, by which work is cut: fixed per architecture, so that results do not depend on
 # the model of the card
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
@@ -37,3 +39,12 @@ def on_device(tensor: Tensor) -> AbstractContextManager[object]:
 def precision_here(precision: str) -> str:
     """The interpreter cannot multiply bf16; it rounds operands to bf16 and multiplies in fp32."""
     return "bf16_widened" if precision == "bf16" and interpreting() else precision
+
+
+def products_of(dtypes: Sequence[torch.dtype]) -> str:
+    """The cheapest arithmetic whose products of such numbers keep fp32's digits."""
+    kinds = set(dtypes)
+    if kinds == {torch.bfloat16}:
+        return "bf16"
+    # 10 explicit bits hold either half exactly
+    return "tf32" if kinds and kinds <= set(HALVES) else "tf32x3"

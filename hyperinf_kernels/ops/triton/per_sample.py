@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import choose
-from .launch import MULTIPROCESSORS, arch_of, on_device, precision_here
+from .launch import MULTIPROCESSORS, arch_of, on_device, precision_here, products_of
 from .tile import dot
 
 
@@ -53,10 +53,11 @@ def _per_sample_kernel(
                           mask=(tt < tokens)[:, None] & (i < end)[None, :], other=0.0)  # fmt: skip
             g = dot(delta, act, g, PRECISION)
         squares += g * g
-        query = tl.load(w_at[:, None] + i[None, :],
-                        mask=((q < queries) & (w_row < rows))[:, None] & (i < end)[None, :],
-                        other=0.0)  # fmt: skip
-        agree = dot(query, tl.trans(g), agree, EXACT)
+        if queries > 0:
+            query = tl.load(w_at[:, None] + i[None, :],
+                            mask=((q < queries) & (w_row < rows))[:, None] & (i < end)[None, :],
+                            other=0.0)  # fmt: skip
+            agree = dot(query, tl.trans(g), agree, EXACT)
     place = part.to(tl.int64) * samples + b
     if group == 0:
         tl.store(NORMS + place, tl.sum(squares))
@@ -72,8 +73,8 @@ def per_sample(delta: Tensor, act: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
     """`einsum("boi,qoi->bq", g, W)` and `g.square().sum((1, 2))` for `g = delta.mT @ act`.
 
     Args:
-        delta: (B, T, O). act: (B, T, I), the same dtype. W: (m, O, I) fp32, m >= 1. All with unit
-            column stride.
+        delta: (B, T, O). act: (B, T, I), the same dtype. W: (m, O, I) fp32, or m = 0 for norms
+            alone. All with unit column stride.
 
     Returns:
         (B, m) dots and (B,) squared norms, fp32.
@@ -81,11 +82,11 @@ def per_sample(delta: Tensor, act: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
     samples, tokens, rows = delta.shape
     columns, queries = act.shape[2], len(W)
     if samples == 0 or rows == 0 or columns == 0:
-        return delta.new_zeros(samples, queries, dtype=W.dtype), W.new_zeros(samples)
+        return W.new_zeros(samples, queries), W.new_zeros(samples)
     arch = arch_of(delta)
-    precision = products_of(delta.dtype)
+    precision = products_of([delta.dtype])
     config = choose("per_sample", arch, precision, rows)
-    groups = -(-queries // config.blocks["QUERIES"])
+    groups = max(1, -(-queries // config.blocks["QUERIES"]))
     row_blocks = -(-rows // config.blocks["ROWS"])
     tile = config.blocks["COLUMNS"]
     programs = samples * groups * row_blocks
@@ -108,7 +109,3 @@ def per_sample(delta: Tensor, act: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
 def _(delta: Tensor, act: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
     return W.new_empty(len(delta), len(W)), W.new_empty(len(delta))
 
-
-def products_of(dtype: torch.dtype) -> str:
-    """The cheapest arithmetic in which products of two such numbers are exact to fp32's digits."""
-    return {torch.bfloat16: "bf16", torch.float16: "tf32"}.get(dtype, "tf32x3")

@@ -30,7 +30,8 @@ def _schulz_registers_kernel(
     r = eye - start * a
     residual = tl.sqrt(tl.sum(r * r) / d)
     k = 0
-    while (k < steps) & (residual > tol):
+    # NaN goes on, so that it reaches the result
+    while (k < steps) & ~(residual <= tol):
         c = COEFFICIENTS + (k * batch + b) * 8
         degree = tl.load(DEGREES + k)
         c0 = tl.load(c)

@@ -65,7 +65,8 @@ def _schulz_resident_kernel(
         residual = tl.sqrt(total / d)
         tl.debug_barrier()
         k = 0
-        while (k < steps) & (residual > tol):
+        # NaN goes on, so that it reaches the result
+        while (k < steps) & ~(residual <= tol):
             c = COEFFICIENTS + (k * batch + b) * 8
             degree = tl.load(DEGREES + k)
             c0 = tl.load(c)

@@ -55,12 +55,10 @@ def topk_merge_(keys: Tensor, scores: Tensor, k: int, first_id: int, largest: bo
     if scores.numel() == 0:
         return
     config = choose("topk", arch_of(keys), "ieee", keys.shape[1])
-    options = config.options()
-    options["PLACES"] = keys.shape[1]
     with on_device(keys):
         _topk_kernel[(len(keys),)](
             keys, scores, k, scores.shape[1], first_id, -1.0 if largest else 1.0, scores.stride(0),
-            **options,
+            **config.options(),
         )  # fmt: skip
 
 
@@ -77,7 +75,7 @@ def topk_empty(queries: int, k: int, device: torch.device) -> Tensor:
     """
     if not 1 <= k <= LARGEST_K:
         raise ValueError(f"k must lie in [1, {LARGEST_K}], got {k}")
-    places = max(16, triton.next_power_of_2(k))
+    places = 32 if k <= 32 else LARGEST_K
     return torch.full((queries, places), EMPTY, dtype=torch.int64, device=device)
 
 
