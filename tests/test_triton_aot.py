@@ -70,7 +70,9 @@ def test_shared_memory_fits(rows: list[dict[str, Any]]) -> None:
 
 
 def test_each_compiles_within_five_seconds(rows: list[dict[str, Any]]) -> None:
-    slow = [f"{described(r)}: {r['compile_s']} s" for r in rows if r["compile_s"] > LARGEST_COMPILE_S]
+    slow = [
+        f"{described(r)}: {r['compile_s']} s" for r in rows if r["compile_s"] > LARGEST_COMPILE_S
+    ]
     assert slow == []
 
 

@@ -110,10 +110,12 @@ def test_without_a_usable_triton_everything_works_and_says_so(
     monkeypatch.setenv("HYPERINF_BACKEND", "triton")
     found = object() if state == "old" else None
     original, version = importlib.util.find_spec, importlib.metadata.version
-    monkeypatch.setattr(importlib.util, "find_spec",
-                        lambda name, *a: found if name == "triton" else original(name, *a))  # fmt: skip
-    monkeypatch.setattr(importlib.metadata, "version",
-                        lambda name: "3.1.0" if name == "triton" else version(name))  # fmt: skip
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: found if name == "triton" else original(name)
+    )
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: "3.1.0" if name == "triton" else version(name)
+    )
     said = "not installed" if state == "missing" else "3.1.0 is too old"
     A = torch.eye(3)
     assert said in hk.explain("schulz_inverse", A).reason

@@ -8,12 +8,21 @@ import torch
 from torch import Tensor
 
 from hyperinf_kernels.ops import reference, schedule
-from hyperinf_kernels.ops.triton import entry as face
 from hyperinf_kernels.ops.schedule import Step
+from hyperinf_kernels.ops.triton import entry as face
 from tests import oracle
-from tests.triton_cases import DEVICE, EPS, INTERPRETING, Allocations, FewPrograms
+from tests.triton_cases import (
+    DEVICE,
+    EPS,
+    INTERPRETING,
+    Allocations,
+    FewPrograms,
+    on_device,
+    poisoned,
+    random,
+    spd,
+)
 from tests.triton_cases import allocations as allocations
-from tests.triton_cases import on_device, poisoned, random, spd
 
 pytestmark = on_device()
 # largest error <= K x largest error of the same chain in torch fp32, plus a few roundings
@@ -123,7 +132,8 @@ def test_on_chip_each_matrix_stops_by_itself(d: int) -> None:
     assert done[1] == 0
     assert 0 < done[0] == done[2] < len(steps)
     everything, _, all_done = schulz_onchip(A, start, coefficients, degrees, 0.0, "ieee")
-    assert (all_done == len(steps)).all()
+    # without a tolerance only an exact inverse stops early
+    assert all_done.tolist() == [len(steps), 0, len(steps)]
     assert (oracle.inverse_residual(A, everything) < 1e-4).all()
 
 

@@ -12,9 +12,18 @@ from torch import Tensor
 from hyperinf_kernels.ops import reference
 from hyperinf_kernels.ops.triton import entry as face
 from tests import oracle
-from tests.triton_cases import DEVICE, EPS, INTERPRETING, Allocations, FewPrograms
+from tests.triton_cases import (
+    DEVICE,
+    EPS,
+    INTERPRETING,
+    Allocations,
+    FewPrograms,
+    on_device,
+    poisoned,
+    random,
+    sentinelled,
+)
 from tests.triton_cases import allocations as allocations
-from tests.triton_cases import on_device, poisoned, random, sentinelled
 
 pytestmark = on_device()
 # largest error <= K x largest error of torch's own fp32 products, plus a few roundings
@@ -125,11 +134,11 @@ def test_sherman_morrison(
 def test_rows_beyond_the_cache_go_in_chunks(
     queries: int, monkeypatch: pytest.MonkeyPatch, allocations: Allocations
 ) -> None:
-    from hyperinf_kernels.ops.triton import sherman_morrison
+    from hyperinf_kernels.ops.triton import launch
 
-    monkeypatch.setattr(sherman_morrison, "L2_BYTES", dict.fromkeys((80, 90, 100), 3 * 200 * 4 * 20))
+    monkeypatch.setattr(launch, "L2_BYTES", dict.fromkeys((80, 90, 100), 3 * 200 * 4 * 20))
     V, G = random(queries, 200), random(53, 200, seed=1)
-    assert sherman_morrison.chunk_rows(200, 4, 80, 8) == 16
+    assert launch.chunk_rows(200, 4, 80, 8) == 16
     W = face.sherman_morrison(V, poisoned(G), torch.tensor(0.5, device=DEVICE))
     allocations.assert_intact()
     datainf_case(V, G, 0.5, W)
@@ -240,7 +249,9 @@ def test_topk_of_a_stream_is_the_sorted_prefix(
     order = np.argsort(signed, axis=1, kind="stable")[:, :k]
     kept = order.shape[1]
     assert (ids[:, :kept].cpu().numpy() == order).all()
-    assert (values[:, :kept].cpu().numpy() == np.take_along_axis(scores.cpu().numpy(), order, 1)).all()
+    assert (
+        values[:, :kept].cpu().numpy() == np.take_along_axis(scores.cpu().numpy(), order, 1)
+    ).all()
     assert (ids[:, kept:] == -1).all()
 
 

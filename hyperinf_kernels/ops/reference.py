@@ -145,7 +145,11 @@ def spd_inverse(A: Tensor) -> tuple[Tensor, Tensor]:
 
 @implements("schulz")
 def schulz(
-    A: Tensor, start: Tensor, steps: Sequence[Step], precision: str = "ieee", symmetric: bool = False
+    A: Tensor,
+    start: Tensor,
+    steps: Sequence[Step],
+    precision: str = "ieee",
+    symmetric: bool = False,
 ) -> tuple[Tensor, int]:
     """Run the steps from X = start * I; returns X and the number of d x d products.
 

@@ -39,7 +39,8 @@ def spd_inverse(
     Args:
         A: (..., d, d), fp16, bf16, fp32 or fp64.
         method: "direct" is a Cholesky inverse, d^3 flop; "schulz" is `schulz_inverse`; "auto" takes
-            the faster one, which is "direct" wherever it has been measured so far.
+            the faster one, which is "direct" wherever it has been measured (CPUs) or computed
+            (`roofline.faster_inverse`, GPUs).
         return_info: also return a `SolveInfo`.
 
     Returns:

@@ -90,7 +90,9 @@ def _reduce_kernel(
     row_tile = tl.load(ORDER + 2 * tile)
     col_tile = tl.load(ORDER + 2 * tile + 1)
     j = tl.arange(0, BLOCK)
-    at = PARTIAL + (b * splits * tiles + tile) * BLOCK * BLOCK + within[:, None] * BLOCK + j[None, :]
+    at = (
+        PARTIAL + (b * splits * tiles + tile) * BLOCK * BLOCK + within[:, None] * BLOCK + j[None, :]
+    )
     total = tl.zeros((STRIP, BLOCK), dtype=tl.float32)
     for _ in range(splits):
         total += tl.load(at)
@@ -101,7 +103,7 @@ def _reduce_kernel(
 
 def splits_of(depth: int, tiles: int, arch: int, block: int) -> int:
     """Parts of the sum: enough programs for the GPU, none shorter than LEAST_DEPTH terms."""
-    wanted = -(-WAVES * MULTIPROCESSORS[arch] // tiles)
+    wanted = triton.cdiv(WAVES * MULTIPROCESSORS[arch], tiles)
     room = PARTIAL_NUMBERS // (tiles * block * block)
     return max(1, min(wanted, depth // LEAST_DEPTH, room))
 
@@ -125,11 +127,11 @@ def accumulate_(
     arch = arch_of(C)
     config = choose("accumulate", arch, precision, max(rows, cols))
     block = config.blocks["BLOCK"]
-    order = raster(-(-rows // block), -(-cols // block), symmetric, C.device)
+    order = raster(triton.cdiv(rows, block), triton.cdiv(cols, block), symmetric, C.device)
     tiles = len(order)
     splits = splits_of(depth, batch * tiles, arch, block)
-    per_split = -(-depth // splits)
-    splits = -(-depth // per_split)
+    per_split = triton.cdiv(depth, splits)
+    splits = triton.cdiv(depth, per_split)
     partial = C.new_empty(batch * splits * tiles * block * block) if splits > 1 else C
     with on_device(C):
         _accumulate_kernel[(batch * splits * tiles,)](

@@ -70,9 +70,7 @@ def _compiled(config: Config, variant: Any, folder: Path) -> dict[str, Any]:
     from triton.compiler import ASTSource
 
     names = variant.kernel.arg_names
-    aligned = {
-        (names.index(name),): [["tt.divisibility", 16]] for name in variant.aligned
-    }
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in variant.aligned}
     source = ASTSource(
         fn=variant.kernel, signature=variant.signature, constexprs=variant.constants, attrs=aligned
     )

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,9 +38,29 @@ class Config(NamedTuple):
 
 
 @functools.cache
-def table() -> tuple[Config, ...]:
-    """Every shipped configuration."""
+def shipped() -> tuple[Config, ...]:
+    """Every row of configs.json."""
     return tuple(Config(**row) for row in json.loads(PATH.read_text(encoding="utf-8")))
+
+
+_trial: list[tuple[Config, ...]] = []
+
+
+def table() -> tuple[Config, ...]:
+    """The rows that launches are served from."""
+    return _trial[-1] if _trial else shipped()
+
+
+@contextmanager
+def serving(rows: tuple[Config, ...]) -> Iterator[None]:
+    """Serve launches inside the block from `rows`; for the tuner."""
+    _trial.append(rows)
+    choose.cache_clear()
+    try:
+        yield
+    finally:
+        _trial.pop()
+        choose.cache_clear()
 
 
 def write(rows: tuple[Config, ...], path: Path = PATH) -> None:
@@ -57,7 +79,9 @@ def rows_of(major: int, minor: int) -> int:
         ValueError: older than 8.0.
     """
     if major < 8:
-        raise ValueError(f"Triton kernels need compute capability 8.0, this device has {major}.{minor}")
+        raise ValueError(
+            f"Triton kernels need compute capability 8.0, this device has {major}.{minor}"
+        )
     return {9: 90, 10: 100}.get(major, 80)
 
 
@@ -68,7 +92,9 @@ def choose(kernel: str, arch: int, precision: str, size: int) -> Config:
     Raises:
         LookupError: there is none; the message names what there is.
     """
-    reached = [row for row in table() if (row.kernel, row.arch, row.precision) == (kernel, arch, precision)]
+    reached = [
+        row for row in table() if (row.kernel, row.arch, row.precision) == (kernel, arch, precision)
+    ]
     for row in reached:
         if row.up_to is None or size <= row.up_to:
             return row

@@ -62,7 +62,7 @@ def kernel_of(side: int) -> str:
 
 
 def arithmetic(side: int, precision: str) -> str:
-    """What the products run in when `precision` is allowed: tiny matrices gain nothing from less."""
+    """What the products run in when `precision` is allowed; tiny matrices gain nothing from it."""
     return "ieee" if kernel_of(side) == "registers" else precision
 
 
@@ -74,7 +74,11 @@ def _schulz_config(metas: tuple[TensorMeta, ...], machine: Capability) -> Mappin
 
 @implements("schulz", "triton", _refuse_schulz, _schulz_config)
 def schulz(
-    A: Tensor, start: Tensor, steps: Sequence[Step], precision: str = "ieee", symmetric: bool = False
+    A: Tensor,
+    start: Tensor,
+    steps: Sequence[Step],
+    precision: str = "ieee",
+    symmetric: bool = False,
 ) -> tuple[Tensor, int]:
     """The chain of `reference.schulz`, without any host synchronisation."""
     from .schulz import packed, schulz_chain, schulz_onchip

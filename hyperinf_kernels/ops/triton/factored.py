@@ -23,7 +23,7 @@ def _weighted_sum_kernel(
     stride_db, stride_dt, stride_ab, stride_at,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """OUT[q, o, i] = sum_{b, t} WEIGHT[b, q] DELTA[b, t, o] ACT[b, t, i], rows (q, o) in one tile."""
+    """OUT[q, o, i] = sum_{b, t} WEIGHT[b, q] DELTA[b, t, o] ACT[b, t, i]; tile rows are (q, o)."""
     pid = tl.program_id(0)
     r = (pid // column_blocks) * ROWS + tl.arange(0, ROWS)
     i = (pid % column_blocks) * COLUMNS + tl.arange(0, COLUMNS)
@@ -35,10 +35,11 @@ def _weighted_sum_kernel(
         weight = tl.load(WEIGHT + q, mask=q < queries, other=0.0)
         for start in range(0, tokens, TOKENS):
             tt = start + t
+            seen = tt < tokens
             delta = tl.load(DELTA + tt[None, :] * stride_dt + o[:, None],
-                            mask=(tt < tokens)[None, :] & (q < queries)[:, None], other=0.0)  # fmt: skip
+                            mask=seen[None, :] & (q < queries)[:, None], other=0.0)  # fmt: skip
             act = tl.load(ACT + tt[:, None] * stride_at + i[None, :],
-                          mask=(tt < tokens)[:, None] & (i < columns)[None, :], other=0.0)  # fmt: skip
+                          mask=seen[:, None] & (i < columns)[None, :], other=0.0)  # fmt: skip
             total = dot(delta.to(tl.float32) * weight[:, None], act, total, PRECISION)
         WEIGHT += queries
         DELTA += stride_db
@@ -60,9 +61,10 @@ def weighted_sum(delta: Tensor, act: Tensor, weights: Tensor) -> Tensor:
     if out.numel() == 0 or samples == 0:
         return out.zero_()
     config = choose("weighted_sum", arch_of(delta), "tf32x3", queries * rows)
-    column_blocks = -(-columns // config.blocks["COLUMNS"])
+    column_blocks = triton.cdiv(columns, config.blocks["COLUMNS"])
+    row_blocks = triton.cdiv(queries * rows, config.blocks["ROWS"])
     with on_device(delta):
-        _weighted_sum_kernel[(-(-queries * rows // config.blocks["ROWS"]) * column_blocks,)](
+        _weighted_sum_kernel[(row_blocks * column_blocks,)](
             delta, act, weights.contiguous(), out, samples, tokens, rows, columns, queries,
             column_blocks, delta.stride(0), delta.stride(1), act.stride(0), act.stride(1),
             PRECISION=precision_here("tf32x3"), **config.options(),
@@ -87,4 +89,3 @@ def sherman_morrison_factored(V: Tensor, delta: Tensor, act: Tensor, lam: Tensor
     dots, norms = per_sample(delta, act, V)
     weights = dots / (lam + norms)[:, None]
     return (V - weighted_sum(delta, act, weights) / len(delta)) / lam
-

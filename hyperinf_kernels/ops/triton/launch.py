@@ -17,6 +17,7 @@ HALVES = (torch.float16, torch.bfloat16)
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 # of the smallest card of each architecture that has that many
 L2_BYTES = {80: 40 << 20, 90: 50 << 20, 100: 126 << 20}
+QUERIES = 16  # queries per launch of the tensor-core rows kernels
 
 
 def interpreting() -> bool:
@@ -48,3 +49,8 @@ def products_of(dtypes: Sequence[torch.dtype]) -> str:
         return "bf16"
     # 10 explicit bits hold either half exactly
     return "tf32" if kinds and kinds <= set(HALVES) else "tf32x3"
+
+
+def chunk_rows(columns: int, bytes_each: int, arch: int, block: int) -> int:
+    """Rows per chunk: a third of L2, in whole row blocks."""
+    return max(block, L2_BYTES[arch] // 3 // (columns * bytes_each) // block * block)

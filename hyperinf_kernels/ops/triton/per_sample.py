@@ -47,10 +47,11 @@ def _per_sample_kernel(
         g = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
         for start in range(0, tokens, TOKENS):
             tt = start + t
+            seen = tt < tokens
             delta = tl.load(DELTA + b * stride_db + tt[None, :] * stride_dt + o[:, None],
-                            mask=(tt < tokens)[None, :] & (o < rows)[:, None], other=0.0)  # fmt: skip
+                            mask=seen[None, :] & (o < rows)[:, None], other=0.0)  # fmt: skip
             act = tl.load(ACT + b * stride_ab + tt[:, None] * stride_at + i[None, :],
-                          mask=(tt < tokens)[:, None] & (i < end)[None, :], other=0.0)  # fmt: skip
+                          mask=seen[:, None] & (i < end)[None, :], other=0.0)  # fmt: skip
             g = dot(delta, act, g, PRECISION)
         squares += g * g
         if queries > 0:
@@ -86,13 +87,15 @@ def per_sample(delta: Tensor, act: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
     arch = arch_of(delta)
     precision = products_of([delta.dtype])
     config = choose("per_sample", arch, precision, rows)
-    groups = max(1, -(-queries // config.blocks["QUERIES"]))
-    row_blocks = -(-rows // config.blocks["ROWS"])
+    groups = max(1, triton.cdiv(queries, config.blocks["QUERIES"]))
+    row_blocks = triton.cdiv(rows, config.blocks["ROWS"])
     tile = config.blocks["COLUMNS"]
     programs = samples * groups * row_blocks
-    splits = max(1, min(-(-2 * MULTIPROCESSORS[arch] // programs), -(-columns // tile)))
-    per_split = -(-(-(-columns // splits)) // tile) * tile
-    splits = -(-columns // per_split)
+    splits = max(
+        1, min(triton.cdiv(2 * MULTIPROCESSORS[arch], programs), triton.cdiv(columns, tile))
+    )
+    per_split = triton.cdiv(triton.cdiv(columns, splits), tile) * tile
+    splits = triton.cdiv(columns, per_split)
     dots = W.new_empty(splits * row_blocks, samples, queries)
     norms = W.new_empty(splits * row_blocks, samples)
     with on_device(delta):
@@ -108,4 +111,3 @@ def per_sample(delta: Tensor, act: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
 @per_sample.register_fake
 def _(delta: Tensor, act: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
     return W.new_empty(len(delta), len(W)), W.new_empty(len(delta))
-

@@ -140,7 +140,7 @@ def product(
     batch, d, _ = left.shape
     arch = arch_of(left)
     config = choose("product", arch, precision, d)
-    side = -(-d // config.blocks["BLOCK"])
+    side = triton.cdiv(d, config.blocks["BLOCK"])
     order = raster(side, side, symmetric, left.device)
     tiles = len(order)
     outs = [torch.empty_like(right) for _ in weights]

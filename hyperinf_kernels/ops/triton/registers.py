@@ -52,8 +52,7 @@ def _schulz_registers_kernel(
                 c6 = tl.load(c + 6)
                 c7 = tl.load(c + 7)
                 y = dot(r2, c0 * r2 + c1 * r, zero, "ieee")
-                z = dot(y + c3 * r2 + c2 * r, y + c4 * r2,
-                        eye + c5 * y + c7 * r2 + c6 * r, "ieee")
+                z = dot(y + c3 * r2 + c2 * r, y + c4 * r2, eye + c5 * y + c7 * r2 + c6 * r, "ieee")
         if k == 0:
             x = start * z
         else:

@@ -7,6 +7,7 @@ tensors only and no value is read back by the host.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +48,8 @@ def schulz_onchip(
     Args:
         A: (B, d, d) fp32, symmetric, unit column stride. start: (B,). coefficients: (steps, B, 8).
         degrees: (steps,) int32.
-        tol: a matrix stops once ||I - A X||_F / sqrt(d) is at or below it; 0 runs every step.
+        tol: a matrix stops once ||I - A X||_F / sqrt(d) is at or below it; with 0
+            only an exact inverse stops early.
 
     Returns:
         X (B, d, d), its residual (B,) as the kernel's arithmetic sees it, steps done (B,) int32.
@@ -116,7 +118,7 @@ def schulz_chain(
     R.diagonal(dim1=-2, dim2=-1).add_(1)
     norm = R.square().sum((-2, -1))
     for k, degree in enumerate(degrees):
-        options = {"precision": precision, "symmetric": k < symmetric_steps}
+        options: dict[str, Any] = {"precision": precision, "symmetric": k < symmetric_steps}
         if k > 0:
             (R,), norm = product(A, X, [[1.0, -1.0]], **options)
             count += 1
@@ -138,7 +140,7 @@ def _(
 
 
 def _first_step(
-    R: Tensor, start: Tensor, degree: int, c: Sequence[Tensor], options: dict[str, object]
+    R: Tensor, start: Tensor, degree: int, c: Sequence[Tensor], options: dict[str, Any]
 ) -> Tensor:
     """start * Z: from X = start * I the last product is none."""
     if degree == 2:
@@ -151,7 +153,7 @@ def _first_step(
 
 
 def _step(
-    X: Tensor, R: Tensor, degree: int, c: Sequence[Tensor], options: dict[str, object]
+    X: Tensor, R: Tensor, degree: int, c: Sequence[Tensor], options: dict[str, Any]
 ) -> Tensor:
     """X Z."""
     if degree == 2:
@@ -164,7 +166,7 @@ def _step(
 
 
 def _factor(
-    R: Tensor, degree: int, c: Sequence[Tensor], scale: Tensor | float, options: dict[str, object]
+    R: Tensor, degree: int, c: Sequence[Tensor], scale: Tensor | float, options: dict[str, Any]
 ) -> Tensor:
     """scale * Z of a step of degree 5 or 9, the sums of `schedule` folded into the epilogues."""
     if degree == 5:

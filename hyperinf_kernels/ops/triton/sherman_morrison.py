@@ -14,10 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import choose
-from .launch import L2_BYTES, MULTIPROCESSORS, arch_of, on_device
+from .launch import MULTIPROCESSORS, QUERIES, arch_of, chunk_rows, on_device
 from .tile import dot
-
-QUERIES = 16  # queries per launch of the tensor-core variant
 
 
 @triton.jit
@@ -50,7 +48,7 @@ def _dots_kernel(
             products += g * v[None, :]
         else:
             v = tl.load(V + b * stride_vb + q[None, :] * stride_vm + column[:, None],
-                        mask=(q < queries)[None, :] & (column < end)[:, None], other=0.0)  # fmt: skip
+                        mask=(q < queries) & (column < end)[:, None], other=0.0)  # fmt: skip
             dots = dot(g, v, dots, PRECISION)
         g_at += COLUMNS
     place = (b * splits + split) * rows + n
@@ -113,11 +111,6 @@ def _sum_kernel(
     tl.store(at, total, mask=inside)
 
 
-def chunk_rows(columns: int, bytes_each: int, arch: int, block: int) -> int:
-    """Rows per chunk: a third of L2, in whole row blocks."""
-    return max(block, L2_BYTES[arch] // 3 // (columns * bytes_each) // block * block)
-
-
 @torch.library.custom_op("hyperinf_triton::sherman_morrison", mutates_args=())
 def sherman_morrison(V: Tensor, G: Tensor, lam: Tensor) -> Tensor:
     """`V @ mean_i inv(outer(g_i, g_i) + lam * I)` per matrix of the batch.
@@ -140,24 +133,26 @@ def sherman_morrison(V: Tensor, G: Tensor, lam: Tensor) -> Tensor:
     dots, sums = (choose(f"rows_{part}", arch, precision, width) for part in ("dots", "sum"))
     step = chunk_rows(columns, G.element_size() * batch, arch, dots.blocks["ROWS"])
     step = min(step, total)
-    row_blocks = -(-step // dots.blocks["ROWS"])
+    row_blocks = triton.cdiv(step, dots.blocks["ROWS"])
     tile = dots.blocks["COLUMNS"]
-    splits = max(1, min(-(-MULTIPROCESSORS[arch] // (row_blocks * batch)), -(-columns // tile)))
-    per_split = -(-(-(-columns // splits)) // tile) * tile
-    splits = -(-columns // per_split)
+    wanted = triton.cdiv(MULTIPROCESSORS[arch], row_blocks * batch)
+    splits = max(1, min(wanted, triton.cdiv(columns, tile)))
+    per_split = triton.cdiv(triton.cdiv(columns, splits), tile) * tile
+    splits = triton.cdiv(columns, per_split)
     norms = V.new_empty(batch * splits * step)
     products = V.new_empty(batch * splits * step * width)
-    column_blocks = -(-columns // sums.blocks["COLUMNS"])
+    column_blocks = triton.cdiv(columns, sums.blocks["COLUMNS"])
     with on_device(V):
         for first in range(0, total, step):
             chunk = G[:, first : first + step]
             rows = chunk.shape[1]
+            row_blocks = triton.cdiv(rows, dots.blocks["ROWS"])
             for query in range(0, queries, width):
                 v, o = V[:, query : query + width], out[:, query : query + width]
                 count = v.shape[1]
-                _dots_kernel[(batch * splits * -(-rows // dots.blocks["ROWS"]),)](
+                _dots_kernel[(batch * splits * row_blocks,)](
                     v, chunk, norms, products, count, rows, columns,
-                    -(-rows // dots.blocks["ROWS"]), splits, per_split, v.stride(0), v.stride(1),
+                    row_blocks, splits, per_split, v.stride(0), v.stride(1),
                     chunk.stride(0), chunk.stride(1), QUERIES=width, PRECISION=precision,
                     **dots.options(),
                 )  # fmt: skip

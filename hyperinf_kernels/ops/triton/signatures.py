@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 from .accumulate import _accumulate_kernel, _reduce_kernel
 from .configs import Config
 from .factored import _weighted_sum_kernel
+from .launch import QUERIES
 from .per_sample import _per_sample_kernel
 from .product import _product_kernel
 from .registers import _schulz_registers_kernel
 from .resident import _schulz_resident_kernel
-from .sherman_morrison import QUERIES, _dots_kernel, _sum_kernel
+from .sherman_morrison import _dots_kernel, _sum_kernel
 from .topk import _topk_kernel
 
 KERNELS = {
@@ -78,7 +79,9 @@ def variants(config: Config) -> Iterator[Variant]:
         yield _variant(kernel, constants, {})
 
 
-def _variant(kernel: Any, constants: dict[str, Any], types: dict[str, str], **label: Any) -> Variant:
+def _variant(
+    kernel: Any, constants: dict[str, Any], types: dict[str, str], **label: Any
+) -> Variant:
     if "stride_rk" in kernel.arg_names:
         unit = {"stride_cn"} | ({"stride_rn"} if "stride_lm" in constants else set())
         constants = {**constants, **dict.fromkeys(unit, 1)}
