@@ -22,6 +22,7 @@ from .registry import Measurement, benchmark, interleaved, measurements
 
 REPEATS, INNER = 9, 10
 L2_BYTES = 128 << 20
+DEVICE = torch.device("cuda")
 OURS = "hyperinf_kernels, Triton"
 Provider = Callable[[Mapping[str, Tensor]], Tensor]
 
@@ -88,10 +89,10 @@ def compared(
 
 def _inverse(d: int, batch: int, condition: float) -> Iterator[Measurement]:
     def make(seed: int) -> Mapping[str, Tensor]:
-        generator = torch.Generator(device="cuda").manual_seed(seed)
-        shape = {"device": "cuda", "dtype": torch.float64, "generator": generator}
+        generator = torch.Generator(device=DEVICE).manual_seed(seed)
+        shape = {"device": DEVICE, "dtype": torch.float64, "generator": generator}
         basis = torch.linalg.qr(torch.randn(batch, d, d, **shape))[0]
-        spectrum = torch.logspace(0, -torch.tensor(condition).log10().item(), d, device="cuda")
+        spectrum = torch.logspace(0, -torch.tensor(condition).log10().item(), d, device=DEVICE)
         A = (basis * spectrum.double()) @ basis.mT
         return {"A": ((A + A.mT) / 2).float()}
 
@@ -114,7 +115,7 @@ def _inverse(d: int, batch: int, condition: float) -> Iterator[Measurement]:
 
 
 def _chain(batch: int, condition: float) -> tuple[Tensor, Sequence[Step]]:
-    lower = torch.full((batch,), 1 / condition, dtype=torch.float64, device="cuda")
+    lower = torch.full((batch,), 1 / condition, dtype=torch.float64, device=DEVICE)
     start, steps = schedule.plan_steps(lower, torch.ones_like(lower), 1e-6)
     return start.float(), [
         Step(s.degree, {k: c.float() for k, c in s.coefficients.items()}) for s in steps
@@ -122,12 +123,12 @@ def _chain(batch: int, condition: float) -> tuple[Tensor, Sequence[Step]]:
 
 
 def _sherman_morrison(rows: int, columns: int, queries: int, width: int) -> Iterator[Measurement]:
-    lam = torch.tensor(0.1, device="cuda")
+    lam = torch.tensor(0.1, device=DEVICE)
 
     def make(seed: int) -> Mapping[str, Tensor]:
-        generator = torch.Generator(device="cuda").manual_seed(seed)
+        generator = torch.Generator(device=DEVICE).manual_seed(seed)
         V, G = (
-            torch.randn(n, columns, device="cuda", generator=generator) for n in (queries, rows)
+            torch.randn(n, columns, device=DEVICE, generator=generator) for n in (queries, rows)
         )
         return {"V": V, "G": G.bfloat16() if width == 2 else G}
 
@@ -144,11 +145,11 @@ def _sherman_morrison(rows: int, columns: int, queries: int, width: int) -> Iter
 
 
 def _gfim(rows: int, d: int, width: int) -> Iterator[Measurement]:
-    C = torch.zeros(d, d, device="cuda")
+    C = torch.zeros(d, d, device=DEVICE)
 
     def make(seed: int) -> Mapping[str, Tensor]:
-        generator = torch.Generator(device="cuda").manual_seed(seed)
-        G = torch.randn(rows, 1, d, device="cuda", generator=generator)
+        generator = torch.Generator(device=DEVICE).manual_seed(seed)
+        G = torch.randn(rows, 1, d, device=DEVICE, generator=generator)
         return {"G": G.bfloat16() if width == 2 else G}
 
     ours = KERNELS["gfim_accumulate_"]["triton"].run
@@ -165,11 +166,11 @@ def _scoring(
     samples: int, tokens: int, rows: int, columns: int, queries: int
 ) -> Iterator[Measurement]:
     def make(seed: int) -> Mapping[str, Tensor]:
-        generator = torch.Generator(device="cuda").manual_seed(seed)
+        generator = torch.Generator(device=DEVICE).manual_seed(seed)
         shapes = {"delta": (samples, tokens, rows), "act": (samples, tokens, columns),
                   "V": (queries, rows, columns)}  # fmt: skip
         drawn = {
-            name: torch.randn(shape, device="cuda", generator=generator)
+            name: torch.randn(shape, device=DEVICE, generator=generator)
             for name, shape in shapes.items()
         }
         return {k: t if k == "V" else t.bfloat16() for k, t in drawn.items()}

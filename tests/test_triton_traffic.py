@@ -223,3 +223,52 @@ def test_scoring_reads_delta_and_act_once_and_writes_no_gradient() -> None:
         dots = face.per_sample_dot(delta, act, V, False)
     assert cache.bytes() <= MOST * size_of(delta, act, V, dots)
     assert cache.written * SECTOR <= MOST * 2 * 108 * size_of(dots)
+
+
+@pytest.fixture
+def instead_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What only a GPU has, so that the code that measures one runs once before it meets one."""
+    from benchmarks import gpu
+    from hyperinf_kernels.ops.triton import tune
+
+    for module in (gpu, tune):
+        monkeypatch.setattr(module, "DEVICE", torch.device("cpu"))
+        monkeypatch.setattr(module, "INNER", 1)
+    monkeypatch.setattr(gpu, "REPEATS", 3)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(gpu, "_compiled", lambda function: function)
+
+
+@pytest.mark.usefixtures("instead_of_a_gpu")
+def test_the_gpu_benchmark_checks_every_provider_and_names_its_floor() -> None:
+    from benchmarks import gpu
+
+    rows = [
+        *gpu._inverse(20, 2, 10.0),
+        *gpu._inverse(40, 1, 10.0),
+        *gpu._sherman_morrison(20, 64, 2, 2),
+        *gpu._gfim(64, 40, 4),
+        *gpu._scoring(2, 5, 4, 40, 2),
+    ]
+    assert sum(row.provider == gpu.OURS for row in rows) == 5
+    assert all(row.error is not None and row.error < 1e-5 for row in rows)
+    assert all("of the computed floor" in row.note for row in rows if row.provider == gpu.OURS)
+
+
+@pytest.mark.usefixtures("instead_of_a_gpu")
+def test_the_tuner_has_a_problem_for_every_row_of_the_table(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from hyperinf_kernels.ops.triton import configs, tune
+
+    sizes = {"BATCH": 2, "SIDE": 64, "DEPTH": 1024, "COLUMNS": 256, "SAMPLES": 2, "TOKENS": 8}
+    for name, value in sizes.items():
+        monkeypatch.setattr(tune, name, value)
+    # a trial row that cannot be launched shows that the problem launches this very row
+    for row in configs.shipped():
+        if row.arch == 80 and (row.up_to or 0) < 128:
+            tune.problem(row)()
+            broken = [r._replace(blocks={}) if r == row else r for r in configs.shipped()]
+            with configs.serving(tuple(broken)), pytest.raises((KeyError, TypeError, RuntimeError)):
+                tune.problem(row)()

@@ -138,6 +138,9 @@ def main() -> None:
     if "--json" in sys.argv:
         print(json.dumps(table_rows()))
         return
+    if "--markdown" in sys.argv:
+        print(_markdown(table_rows()))
+        return
     for row in rows():
         settings = " ".join(f"{k}={v}" for k, v in row["config"].items() if v is not None)
         mix = " ".join(f"{k}:{v}" for k, v in row["instructions"].items())
@@ -147,6 +150,30 @@ def main() -> None:
             f"{row['occupancy']:.2f}, {row['compile_s']:.1f} s  {settings}  {mix}",
             flush=True,
         )
+
+
+def _markdown(found: Sequence[Mapping[str, Any]]) -> str:
+    """One line per kernel and setting, its figures on sm_80 / sm_90 / sm_100 side by side."""
+    lines: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in found:
+        tells = ("precision", "up_to", "symmetric", "op", "rows")
+        told = [f"{k} {row['config'][k]}" for k in tells if row["config"].get(k) is not None]
+        lines.setdefault((row["kernel"], ", ".join(told)), []).append(row)
+    head = ("kernel", "variant", "registers", "spilled", "shared KB", "occupancy",
+            "matrix instructions", "compile s")  # fmt: skip
+    table = [head, ("---",) * len(head)]
+    for (kernel, variant), group in lines.items():
+        cells = [
+            [str(r["registers"]) for r in group],
+            [str(r["spill_bytes"]) for r in group],
+            [f"{r['shared_bytes'] / 1024:.0f}" for r in group],
+            [f"{r['occupancy']:.2f}" for r in group],
+            [str(sum(n for name, n in r["instructions"].items() if name.endswith("MMA")))
+             for r in group],
+            [f"{r['compile_s']:.1f}" for r in group],
+        ]  # fmt: skip
+        table.append((kernel, variant, *(" / ".join(values) for values in cells)))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in table)
 
 
 if __name__ == "__main__":

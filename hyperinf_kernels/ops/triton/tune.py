@@ -30,6 +30,9 @@ SEARCH: dict[str, tuple[dict[str, tuple[int, ...]], tuple[int, ...], tuple[int, 
 }
 LEAST_TENSOR_ROWS = 16
 REPEATS, INNER = 7, 20
+# the problems that are timed
+DEVICE = torch.device("cuda")
+BATCH, SIDE, DEPTH, COLUMNS, SAMPLES, TOKENS = 2048, 2048, 32768, 16384, 256, 128
 
 
 def candidates(row: Config) -> Iterator[Config]:
@@ -89,38 +92,41 @@ def problem(row: Config) -> Callable[[], object]:
     from .product import product
     from .schulz import schulz_onchip
     from .sherman_morrison import sherman_morrison
-    from .topk import topk_empty, topk_merge_
+    from .topk import LARGEST_K, topk_empty, topk_merge_
 
     def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.randn(*shape, device="cuda").to(dtype)
+        return torch.randn(*shape, device=DEVICE).to(dtype)
 
     kind = {"bf16": torch.bfloat16, "tf32": torch.float16}.get(row.precision, torch.float32)
     if row.kernel in ("registers", "resident"):
-        d, batch = row.up_to or 128, 2048
-        A = torch.eye(d, device="cuda").expand(batch, d, d).contiguous()
-        start, coefficients = torch.ones(batch, device="cuda"), random(3, batch, 8) / 8
-        degrees = torch.full((3,), 9, dtype=torch.int32, device="cuda")
+        d = row.up_to or 128
+        A = torch.eye(d, device=DEVICE).expand(BATCH, d, d).contiguous()
+        # a start away from the inverse, or every matrix would stop at once
+        start, coefficients = torch.full((BATCH,), 0.5, device=DEVICE), random(3, BATCH, 8) / 8
+        degrees = torch.full((3,), 9, dtype=torch.int32, device=DEVICE)
         return lambda: schulz_onchip(A, start, coefficients, degrees, 0.0, row.precision)
     if row.kernel == "product":
-        side = row.up_to or 2048
+        side = row.up_to or SIDE
         X = random(4, side, side)
         return lambda: product(X, X, [[1.0, -1.0, 1.0]], (X,), precision=row.precision)
     if row.kernel in ("accumulate", "reduce"):
-        L, C = random(1, 32768, 1024, dtype=kind), torch.zeros(1, 1024, 1024, device="cuda")
+        L = random(1, DEPTH, SIDE // 2, dtype=kind)
+        C = torch.zeros(1, SIDE // 2, SIDE // 2, device=DEVICE)
         precision = row.precision if row.kernel == "accumulate" else "tf32x3"
         return lambda: accumulate_(C, L, L, 1.0, precision, True)
     if row.kernel in ("rows_dots", "rows_sum"):
-        V, G = random(1, 1 if row.up_to == 1 else QUERIES, 16384), random(1, 4096, 16384)
-        lam = torch.ones(1, device="cuda")
+        V, G = random(1, 1 if row.up_to == 1 else QUERIES, COLUMNS), random(1, DEPTH // 8, COLUMNS)
+        lam = torch.ones(1, device=DEVICE)
         return lambda: sherman_morrison(V, G, lam)
     if row.kernel == "topk":
-        keys, scores = topk_empty(64, row.up_to or 128, torch.device("cuda")), random(64, 4096)
-        return lambda: topk_merge_(keys, scores, row.up_to or 128, 0, False)
-    delta, act = random(256, 128, 16, dtype=kind), random(256, 128, 4096, dtype=kind)
+        k = row.up_to or LARGEST_K
+        keys, scores = topk_empty(64, k, DEVICE), random(64, DEPTH // 8)
+        return lambda: topk_merge_(keys, scores, k, 0, False)
+    delta, act = (random(SAMPLES, TOKENS, n, dtype=kind) for n in (16, COLUMNS // 4))
     if row.kernel == "per_sample":
-        W = random(8, 16, 4096)
+        W = random(8, 16, COLUMNS // 4)
         return lambda: per_sample(delta, act, W)
-    weights = random(256, 8)
+    weights = random(SAMPLES, 8)
     return lambda: weighted_sum(delta, act, weights)
 
 
