@@ -109,10 +109,10 @@ def test_a_backend_asked_for_falls_back_unless_strict(monkeypatch: pytest.Monkey
     monkeypatch.setenv("HYPERINF_BACKEND", "triton")
     plan = hk.explain("sherman_morrison", G, G)
     assert plan.backend == "torch"
-    assert "no triton kernel for sherman_morrison" in plan.reason
+    assert plan.reason.startswith("triton: ")
     assert hk.sherman_morrison(G, G, 0.1).shape == (3, 4)
     monkeypatch.setenv("HYPERINF_STRICT", "1")
-    with pytest.raises(hk.BackendError, match="no triton kernel"):
+    with pytest.raises(hk.BackendError, match="would fall back to plain torch: triton: "):
         hk.sherman_morrison(G, G, 0.1)
     monkeypatch.setenv("HYPERINF_BACKEND", "auto")
     assert hk.sherman_morrison(G, G, 0.1).shape == (3, 4)

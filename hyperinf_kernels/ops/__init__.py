@@ -10,6 +10,7 @@ from .schulz import schulz_inverse, schulz_solve
 from .sherman_morrison import sherman_morrison
 from .solve import SolveInfo
 from .spd_inverse import spd_inverse
+from .triton import entry as entry
 
 __all__ = [
     "BackendError",

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 
 from . import native
+from .gpu import triton_missing
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,11 @@ class Capability:
 def capability() -> Capability:
     """Probe this machine once; each absent backend keeps its reason and remedy."""
     missing = {}
-    if importlib.util.find_spec("triton") is None:
-        missing["triton"] = "triton is not installed (pip install 'hyperinf_kernels[triton]')"
-    elif not torch.cuda.is_available():
-        missing["triton"] = "no CUDA device is visible"
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     cuda = min((torch.cuda.get_device_capability(k) for k in devices), default=None)
+    unfit = triton_missing(cuda)
+    if unfit:
+        missing["triton"] = unfit
     unbuilt = native.missing()
     if unbuilt:
         missing["cpu"] = missing["cuda"] = unbuilt

@@ -64,16 +64,22 @@ def _nothing(_: Any) -> None:
     return None
 
 
-class Kernel(NamedTuple):
-    """One implementation of an op, and what it cannot do; each test returns a reason or None.
+def _no_settings(metas: tuple[TensorMeta, ...], machine: Capability) -> Mapping[str, Any]:
+    return {}
 
-    `refuse` sees the tensors' metadata, `needs` the machine; both are pure.
+
+class Kernel(NamedTuple):
+    """One implementation of an op, what it cannot do, and what it runs with; all of it pure.
+
+    `refuse` sees the tensors' metadata, `needs` the machine, and both return a reason or None;
+    `config` sees both and returns the kernel's own settings.
     """
 
     name: str
     run: Callable[..., Any]
     refuse: Callable[[tuple[TensorMeta, ...]], str | None] = _nothing
     needs: Callable[[Capability], str | None] = _nothing
+    config: Callable[[tuple[TensorMeta, ...], Capability], Mapping[str, Any]] = _no_settings
 
 
 KERNELS: dict[str, dict[str, Kernel]] = {}
@@ -86,16 +92,18 @@ def implements(
     backend: str = "torch",
     refuse: Callable[[tuple[TensorMeta, ...]], str | None] = _nothing,
     needs: Callable[[Capability], str | None] = _nothing,
+    config: Callable[[tuple[TensorMeta, ...], Capability], Mapping[str, Any]] = _no_settings,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register the decorated function as `backend`'s kernel for `op`.
 
     `refuse(metas)` gives the reason why the kernel cannot take tensors with this metadata, and
     `needs(machine)` the reason why this machine cannot run it; None means that it can.
+    `config(metas, machine)` is what `Plan.config` tells beside the machine's settings.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
-        KERNELS.setdefault(op, {})[backend] = Kernel(name, function, refuse, needs)
+        KERNELS.setdefault(op, {})[backend] = Kernel(name, function, refuse, needs, config)
         return function
 
     return register
@@ -136,7 +144,8 @@ def select(
             refusal = kernel.refuse(metas)
         if refusal is None and kernel is not None:
             reason = "; ".join(f"{b}: {why}" for b, why in refusals) or "first choice"
-            return Plan(backend, kernel.name, machine.settings(backend), reason)
+            config = {**machine.settings(backend), **kernel.config(metas, machine)}
+            return Plan(backend, kernel.name, config, reason)
         refusals.append((backend, str(refusal)))
     raise BackendError(f"{op}: no backend can run it: {refusals}")
 

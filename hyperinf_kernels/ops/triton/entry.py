@@ -1,0 +1,223 @@
+"""The Triton kernels behind the ops: which tensors they take, and how they are called.
+
+Nothing here imports Triton until a kernel runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..dispatch import Capability, TensorMeta, implements
+from ..schedule import PRODUCTS, Step
+from .configs import Config, choose, rows_of
+from .launch import HALVES, products_of
+
+ROWS = (torch.float32, *HALVES)
+LARGEST_ONCHIP, LARGEST_IN_REGISTERS = 128, 32
+# 32-bit offsets inside one matrix
+LARGEST_SIDE = 32768
+# below this half the tiles save less than mirroring costs
+LEAST_SYMMETRIC = 512
+# rows of g that a program holds; taller gradients are large products, which torch does well
+LARGEST_ROWS = 64
+
+
+def _unfit(metas: Sequence[TensorMeta], dtypes: tuple[torch.dtype, ...]) -> str | None:
+    for meta in metas:
+        if meta.dtype not in dtypes:
+            names = " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            return f"takes {names}, not {str(meta.dtype).removeprefix('torch.')}"
+        if meta.requires_grad:
+            return "has no backward, and an input requires grad"
+    return None
+
+
+def _arch(machine: Capability) -> int:
+    return rows_of(*(machine.cuda or (8, 0)))
+
+
+def _shown(config: Config, **more: Any) -> Mapping[str, Any]:
+    """What `Plan.config` tells about a row of the table."""
+    warps = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    return {"arch": f"sm_{config.arch}", **more, **config.blocks, **warps}
+
+
+def _refuse_schulz(metas: tuple[TensorMeta, ...]) -> str | None:
+    if metas[0].shape[-1] > LARGEST_SIDE:
+        return f"takes matrices up to {LARGEST_SIDE} on a side"
+    return _unfit(metas[:1], (torch.float32,))
+
+
+def kernel_of(side: int) -> str:
+    """The kernel that serves matrices of this side."""
+    if side <= LARGEST_IN_REGISTERS:
+        return "registers"
+    return "resident" if side <= LARGEST_ONCHIP else "product"
+
+
+def arithmetic(side: int, precision: str) -> str:
+    """What the products run in when `precision` is allowed; tiny matrices gain nothing from it."""
+    return "ieee" if kernel_of(side) == "registers" else precision
+
+
+def _schulz_config(metas: tuple[TensorMeta, ...], machine: Capability) -> Mapping[str, Any]:
+    side = metas[0].shape[-1]
+    kernel = kernel_of(side)
+    return _shown(choose(kernel, _arch(machine), "ieee", side), variant=kernel)
+
+
+@implements("schulz", "triton", _refuse_schulz, config=_schulz_config)
+def schulz(A: Tensor, start: Tensor, steps: Sequence[Step]) -> tuple[Tensor, int]:
+    """The chain of `reference.schulz`, without any host synchronisation."""
+    return schulz_rounded(A, start, steps, "ieee")
+
+
+@implements("schulz_rounded", "triton", _refuse_schulz, config=_schulz_config)
+def schulz_rounded(
+    A: Tensor, start: Tensor, steps: Sequence[Step], precision: str
+) -> tuple[Tensor, int]:
+    """The chain with operands rounded to `precision`, for matrices whose condition bears it."""
+    from .schulz import packed, schulz_chain, schulz_onchip
+
+    side, batch = A.shape[-1], math.prod(A.shape[:-2])
+    flat = A.reshape(batch, side, side)
+    if flat.stride(-1) != 1:
+        flat = flat.contiguous()
+    coefficients, degrees = packed(steps, batch, A.device)
+    scale = start.reshape(batch).contiguous()
+    precision = arithmetic(side, precision)
+    if side <= LARGEST_ONCHIP:
+        X, _, _ = schulz_onchip(flat, scale, coefficients, degrees, 0.0, precision)
+    else:
+        # mirrored products lose the square of the condition number, which one pass keeps small
+        symmetric = precision in ("tf32", "bf16") and side >= LEAST_SYMMETRIC
+        mirrored = len(steps) - 1 if symmetric else 0
+        chain = [step.degree for step in steps]
+        X, _, _ = schulz_chain(flat, scale, coefficients, chain, 0.0, 0, precision, mirrored)
+    # neither A X0 nor X0 Z is a product; on chip each step ends with the residual, the last one too
+    free = 1 if side <= LARGEST_ONCHIP else 2
+    products = sum(PRODUCTS[s.degree] for s in steps) - free * bool(steps)
+    return X.reshape(A.shape), products
+
+
+def _refuse_sherman_morrison(metas: tuple[TensorMeta, ...]) -> str | None:
+    V, G = metas[0], metas[min(1, len(metas) - 1)]
+    if G.shape[-1] > 1 and G.stride[-1] != 1:
+        return "rows of G must have unit stride"
+    return _unfit((V, G), ROWS)
+
+
+def _rows_config(metas: tuple[TensorMeta, ...], machine: Capability) -> Mapping[str, Any]:
+    queries = metas[0].shape[-2] if len(metas[0].shape) > 1 else 1
+    precision = "ieee" if queries == 1 else "tf32x3"
+    return _shown(
+        choose("rows_dots", _arch(machine), precision, 1 if queries == 1 else 16),
+        precision=precision,
+    )
+
+
+@implements("sherman_morrison", "triton", _refuse_sherman_morrison, config=_rows_config)
+def sherman_morrison(V: Tensor, G: Tensor, lam: Tensor) -> Tensor:
+    from .sherman_morrison import sherman_morrison as run
+
+    batch = math.prod(V.shape[:-2])
+    flat_V, flat_G = (t.reshape(batch, *t.shape[-2:]) for t in (V, G))
+    flat_V = flat_V.float().contiguous()
+    return run(flat_V, flat_G, lam.float().reshape(batch).contiguous()).reshape(V.shape)
+
+
+def _refuse_sums(metas: tuple[TensorMeta, ...]) -> str | None:
+    total, *rows = metas
+    if max(total.shape[-2:], default=0) > LARGEST_SIDE:
+        return f"takes sums up to {LARGEST_SIDE} on a side"
+    return _unfit((total,), (torch.float32,)) or _unfit(rows, ROWS)
+
+
+def _sums_config(metas: tuple[TensorMeta, ...], machine: Capability) -> Mapping[str, Any]:
+    total, *rows = metas
+    precision = products_of([meta.dtype for meta in rows])
+    config = choose("accumulate", _arch(machine), precision, max(total.shape[-2:], default=0))
+    return _shown(config, precision=precision)
+
+
+@implements("gram_accumulate_", "triton", _refuse_sums, config=_sums_config)
+def gram_accumulate_(K: Tensor, G1: Tensor, G2: Tensor) -> Tensor:
+    return _add_products(K, G1.mT, G2.mT, 1.0, symmetric=G1 is G2)
+
+
+@implements("gfim_accumulate_", "triton", _refuse_sums, config=_sums_config)
+def gfim_accumulate_(
+    C: Tensor, grads: Tensor, act: Tensor | None = None, *, side: str, alpha: float
+) -> Tensor:
+    lead = C.shape[:-2]
+    if act is None:
+        stack = reference.samples(grads if side == "cols" else grads.mT, lead, 1)
+        return _add_products(C, stack, stack, alpha, symmetric=True)
+    delta, act = (reference.samples(t, lead, 2) for t in (grads, act))
+    for part in reference.slices(delta.shape[-3], delta.shape[-1] * act.shape[-1]):
+        formed = reference.per_sample_grad(delta[..., part, :, :], act[..., part, :, :])
+        gfim_accumulate_(C, formed, side=side, alpha=alpha)
+    return C
+
+
+def _add_products(C: Tensor, L: Tensor, R: Tensor, alpha: float, symmetric: bool) -> Tensor:
+    """C (..., rows, cols) += alpha L^T R for L (..., depth, rows), R (..., depth, cols)."""
+    from .accumulate import accumulate_
+
+    batch = math.prod(C.shape[:-2])
+    left, right = (t.reshape(batch, *t.shape[-2:]) for t in (L, R))
+    precision = products_of([L.dtype, R.dtype])
+    try:
+        total = C.view(batch, *C.shape[-2:])
+    except RuntimeError:
+        # batch dimensions that are no single stride: sum aside, then add
+        total = C.new_zeros(batch, *C.shape[-2:])
+        accumulate_(total, left, right, alpha, precision, symmetric)
+        return C.add_(total.view(C.shape))
+    accumulate_(total, left, right, alpha, precision, symmetric)
+    return C
+
+
+def _refuse_per_sample(metas: tuple[TensorMeta, ...]) -> str | None:
+    delta, *others = metas
+    if delta.shape[-1] > LARGEST_ROWS:
+        return f"gradients of more than {LARGEST_ROWS} rows are large products, which torch forms"
+    if others and others[0].dtype != delta.dtype:
+        return "delta and act must have the same dtype"
+    if any(meta.shape[-1] > 1 and meta.stride[-1] != 1 for meta in metas):
+        return "delta, act and V must have unit column stride"
+    return _unfit(metas, ROWS)
+
+
+def _per_sample_config(metas: tuple[TensorMeta, ...], machine: Capability) -> Mapping[str, Any]:
+    precision = products_of([metas[0].dtype])
+    return _shown(
+        choose("per_sample", _arch(machine), precision, metas[0].shape[-1]), precision=precision
+    )
+
+
+@implements("per_sample_norm_sq", "triton", _refuse_per_sample, config=_per_sample_config)
+def per_sample_norm_sq(delta: Tensor, act: Tensor, ghost: bool) -> Tensor:
+    """`ghost` counts the flop of two forms in memory; here no gradient is written either way."""
+    none = delta.new_empty(0, delta.shape[-1], act.shape[-1], dtype=torch.float32)
+    return _per_sample(delta, act, none)[1]
+
+
+@implements("per_sample_dot", "triton", _refuse_per_sample, config=_per_sample_config)
+def per_sample_dot(delta: Tensor, act: Tensor, V: Tensor, ghost: bool) -> Tensor:
+    return _per_sample(delta, act, V.float())[0]
+
+
+def _per_sample(delta: Tensor, act: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
+    from .per_sample import per_sample
+
+    lead, samples = delta.shape[:-2], math.prod(delta.shape[:-2])
+    flat = (t.reshape(samples, *t.shape[-2:]) for t in (delta, act))
+    dots, norms = per_sample(*flat, W)
+    return dots.reshape(*lead, len(W)), norms.reshape(lead)

@@ -1,0 +1,56 @@
+"""What launchers share: the architecture a tensor is on, and how Triton runs here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from .configs import ARCHS, rows_of
+
+HALVES = (torch.float16, torch.bfloat16)
+# multiprocessors, by which work is cut: fixed per architecture, so that results do not depend on
+# the model of the card
+MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
+# of the smallest card of each architecture that has that many
+L2_BYTES = {80: 40 << 20, 90: 50 << 20, 100: 126 << 20}
+QUERIES = 16  # queries per launch of the tensor-core rows kernels
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def arch_of(tensor: Tensor) -> int:
+    """The architecture whose configurations serve this tensor; interpreted kernels take sm_80's."""
+    if not tensor.is_cuda:
+        return ARCHS[0]
+    return rows_of(*torch.cuda.get_device_capability(tensor.device))
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[object]:
+    """Launch on the tensor's device, whichever device is current."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def precision_here(precision: str) -> str:
+    """The interpreter cannot multiply bf16; it rounds operands to bf16 and multiplies in fp32."""
+    return "bf16_widened" if precision == "bf16" and interpreting() else precision
+
+
+def products_of(dtypes: Sequence[torch.dtype]) -> str:
+    """The cheapest arithmetic whose products of such numbers keep fp32's digits."""
+    kinds = set(dtypes)
+    if kinds == {torch.bfloat16}:
+        return "bf16"
+    # 10 explicit bits hold either half exactly
+    return "tf32" if kinds and kinds <= set(HALVES) else "tf32x3"
+
+
+def chunk_rows(columns: int, bytes_each: int, arch: int, block: int) -> int:
+    """Rows per chunk: a third of L2, in whole row blocks."""
+    return max(block, L2_BYTES[arch] // 3 // (columns * bytes_each) // block * block)

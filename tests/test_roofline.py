@@ -1,0 +1,80 @@
+"""The computed roofline: formulas against hand counts, and what `auto` may conclude from them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from hyperinf_kernels import roofline
+from hyperinf_kernels.ops.triton.raster import order
+from hyperinf_kernels.roofline import DEVICES, cholesky_inverse, faster_inverse, schulz
+
+
+def test_a_floor_is_the_slower_of_memory_and_arithmetic() -> None:
+    device = roofline._device("toy", 80, 1.0, 1, 2.0, 6.0, 8.0)
+    slow_memory = roofline.floor("op", device, "ours", 4e12, 2e12, 1, "ieee")
+    assert (slow_memory.seconds, slow_memory.bound) == (4.0, "memory")
+    slow_products = roofline.floor("op", device, "ours", 1e12, 8e12, 1, "tf32x3")
+    assert (slow_products.seconds, slow_products.bound) == (4.0, "tf32x3 arithmetic")
+
+
+def test_on_chip_chains_count_by_hand() -> None:
+    # condition 50, target 1e-6: degrees (9, 9), 5 + 5 products, 2 of them free, 1 for the residual
+    row = schulz(DEVICES["H100"], 64, 10, 50.0)
+    assert row.flop == 10 * 9 * 2 * 64**3
+    assert row.bytes == 10 * 2 * 64 * 64 * 4
+    assert row.launches == 1
+
+
+def test_products_beyond_the_cache_read_one_operand_per_group() -> None:
+    d, matrix = 128 * 20, (128 * 20) ** 2 * 4
+    assert roofline.product_bytes(d, 128, 2 * matrix) == 3 * matrix
+    assert roofline.product_bytes(d, 128, matrix) == (1 + 3 + 1) * matrix
+    assert roofline.product_bytes(d, 128, 2 * matrix, terms=2, outputs=2) == 6 * matrix
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=list(DEVICES))
+def test_the_floor_of_cholesky_is_lower_at_every_size_so_auto_is_direct(
+    device: roofline.Device,
+) -> None:
+    for d in (8, 16, 32, 64, 128, 256, 1024, 4096):
+        for batch in (1, 32, 4096):
+            for condition in (10.0, 1e3, 1e6):
+                assert faster_inverse(device, d, batch, condition) == "direct"
+                ours = schulz(device, d, batch, condition)
+                assert ours.seconds >= cholesky_inverse(device, d, batch, condition).seconds
+
+
+def test_the_comparison_can_go_the_other_way() -> None:
+    wishful = roofline._device("wishful", 90, 100.0, 50, 1.0, 1000.0, 1000.0)
+    assert faster_inverse(wishful, 128, 1000, 10.0) == "schulz"
+
+
+@pytest.mark.parametrize(
+    ("rows", "cols", "symmetric"),
+    [(1, 1, False), (5, 7, False), (17, 3, False), (1, 1, True), (19, 19, True)],
+)
+def test_the_raster_visits_every_tile_once(rows: int, cols: int, symmetric: bool) -> None:
+    walked = order(rows, cols, symmetric)
+    wanted = {(i, j) for i in range(rows) for j in range(cols) if not symmetric or i <= j}
+    assert len(walked) == len(wanted)
+    assert set(walked) == wanted
+
+
+def test_the_table_names_its_source_and_has_a_rival_for_every_row() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "hyperinf_kernels.roofline", "--json"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    rows = json.loads(done.stdout)
+    assert {row["source"] for row in rows} == {"computed"}
+    assert {row["device"] for row in rows} == {d.name for d in DEVICES.values()}
+    providers: dict[tuple[str, str], int] = {}
+    for row in rows:
+        providers[row["op"], row["device"]] = providers.get((row["op"], row["device"]), 0) + 1
+        assert row["seconds"] > 0
+        assert row["launches"] >= 1
+    assert set(providers.values()) == {2}

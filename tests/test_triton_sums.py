@@ -1,0 +1,311 @@
+"""Triton's GFIM, Gram, DataInf, per-sample and top-k kernels against the oracle in numpy fp64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from hyperinf_kernels.ops import reference
+from hyperinf_kernels.ops.triton import entry as face
+from tests import oracle
+from tests.triton_cases import (
+    DEVICE,
+    EPS,
+    INTERPRETING,
+    Allocations,
+    FewPrograms,
+    on_device,
+    poisoned,
+    random,
+    sentinelled,
+)
+from tests.triton_cases import allocations as allocations
+
+pytestmark = on_device()
+# largest error <= K x largest error of torch's own fp32 products, plus a few roundings
+K, FLOOR = 2.0, 8 * EPS
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+# --- GFIM and Gram ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("samples", "rows", "d"), [(1, 1, 1), (7, 3, 65), (20, 4, 130)], ids=str)
+@pytest.mark.parametrize("side", ["cols", "rows"])
+def test_gfim(
+    samples: int, rows: int, d: int, side: str, dtype: torch.dtype, allocations: Allocations
+) -> None:
+    grads = random(samples, rows, d, dtype=dtype)
+    size = d if side == "cols" else rows
+    before = random(size, size, seed=1)
+    C, intact = sentinelled(before)
+    face.gfim_accumulate_(C, poisoned(grads), side=side, alpha=0.3)
+    expected = oracle.f64(before) + 0.3 * oracle.gfim_sum(grads, side)
+    peer = reference.gfim_accumulate_(before.clone(), grads, side=side, alpha=0.3)
+    oracle.assert_as_exact_as(C, expected, peer, k=K, floor=FLOOR)
+    assert intact()
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_long_sums_are_cut_and_added_in_order(
+    batched: bool, monkeypatch: pytest.MonkeyPatch, allocations: Allocations
+) -> None:
+    from hyperinf_kernels.ops.triton import accumulate
+
+    monkeypatch.setattr(accumulate, "LEAST_DEPTH", 48)
+    lead = (3,) if batched else ()
+    grads = random(*lead, 101, 2, 70)
+    before = random(*lead, 70, 70, seed=1)
+    C, intact = sentinelled(before)
+    face.gfim_accumulate_(C, poisoned(grads), side="cols", alpha=1.0)
+    assert any(len(buffer) > 4 * 64 * 64 for buffer in allocations.buffers), "nothing was cut"
+    allocations.assert_intact()
+    assert intact()
+    peer = reference.gfim_accumulate_(before.clone(), grads, side="cols", alpha=1.0)
+    for index in np.ndindex(*lead):
+        expected = oracle.f64(before[index]) + oracle.gfim_sum(grads[index])
+        oracle.assert_as_exact_as(C[index], expected, peer[index], k=K, floor=FLOOR)
+    added = C - before
+    torch.testing.assert_close(added, added.mT, rtol=1e-5, atol=1e-4)
+    again = before.clone()
+    face.gfim_accumulate_(again, grads, side="cols", alpha=1.0)
+    assert torch.equal(again, C)
+
+
+def test_gfim_of_delta_and_act_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "SLICE_NUMBERS", 3 * 4 * 21)
+    delta, act = random(8, 5, 4), random(8, 5, 21, seed=1)
+    C = torch.zeros(21, 21, device=DEVICE)
+    face.gfim_accumulate_(C, delta, act, side="cols", alpha=0.5)
+    expected = 0.5 * oracle.gfim_sum(oracle.per_sample_grad(delta, act))
+    peer = reference.gfim_accumulate_(torch.zeros_like(C), delta, act, side="cols", alpha=0.5)
+    oracle.assert_as_exact_as(C, expected, peer, k=K, floor=FLOOR)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("same", [True, False], ids=["one set", "two sets"])
+def test_gram(dtype: torch.dtype, same: bool) -> None:
+    first = random(67, 90, dtype=dtype)
+    second = first if same else random(130, 90, seed=2)
+    before = random(len(first), len(second), seed=1)
+    K0, intact = sentinelled(before)
+    G1 = poisoned(first)
+    face.gram_accumulate_(K0, G1, G1 if same else poisoned(second))
+    peer = reference.gram_accumulate_(before.clone(), first, second)
+    expected = oracle.f64(before) + oracle.gram(first, second)
+    oracle.assert_as_exact_as(K0, expected, peer, k=K, floor=FLOOR)
+    assert intact()
+
+
+def test_a_transposed_sum_is_added_where_it_lies() -> None:
+    G1, G2 = random(9, 30), random(12, 30, seed=1)
+    K0 = torch.zeros(12, 9, device=DEVICE).mT
+    face.gram_accumulate_(K0, G1, G2)
+    peer = reference.gram_accumulate_(torch.zeros(9, 12, device=DEVICE), G1, G2)
+    oracle.assert_as_exact_as(K0, oracle.gram(G1, G2), peer, k=K, floor=FLOOR)
+
+
+# --- Sherman-Morrison ---------------------------------------------------------------------------
+
+
+def datainf_case(V: Tensor, G: Tensor, lam: float, actual: Tensor) -> None:
+    peer = reference.sherman_morrison(V, G, torch.tensor(lam, device=DEVICE))
+    oracle.assert_as_exact_as(actual, oracle.datainf(V, G, lam), peer, k=K, floor=FLOOR)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("queries", [1, 2, 16, 19])
+@pytest.mark.parametrize(("n", "columns"), [(1, 1), (5, 300), (37, 130)], ids=str)
+def test_sherman_morrison(
+    n: int, columns: int, queries: int, dtype: torch.dtype, allocations: Allocations
+) -> None:
+    V, G = random(queries, columns), random(n, columns, dtype=dtype, seed=1)
+    W = face.sherman_morrison(V, poisoned(G), torch.tensor(0.3, device=DEVICE))
+    allocations.assert_intact()
+    datainf_case(V, G, 0.3, W)
+
+
+@pytest.mark.parametrize("queries", [1, 17])
+def test_rows_beyond_the_cache_go_in_chunks(
+    queries: int, monkeypatch: pytest.MonkeyPatch, allocations: Allocations
+) -> None:
+    from hyperinf_kernels.ops.triton import launch
+
+    monkeypatch.setattr(launch, "L2_BYTES", dict.fromkeys((80, 90, 100), 3 * 200 * 4 * 20))
+    V, G = random(queries, 200), random(53, 200, seed=1)
+    assert launch.chunk_rows(200, 4, 80, 8) == 16
+    W = face.sherman_morrison(V, poisoned(G), torch.tensor(0.5, device=DEVICE))
+    allocations.assert_intact()
+    datainf_case(V, G, 0.5, W)
+
+
+def test_every_batch_has_its_own_rows_and_damping() -> None:
+    V, G = random(2, 3, 4, 33), random(2, 3, 20, 33, seed=1)
+    lam = torch.tensor([[0.1, 0.5, 1.0], [2.0, 0.3, 0.2]], device=DEVICE)
+    W = face.sherman_morrison(V, G, lam)
+    for index in np.ndindex(2, 3):
+        datainf_case(V[index], G[index], float(lam[index]), W[index])
+
+
+def test_strided_rows() -> None:
+    V, G = random(3, 40), random(50, 40, seed=1)
+    datainf_case(V, G[::2], 0.5, face.sherman_morrison(V, G[::2], torch.tensor(0.5, device=DEVICE)))
+
+
+# --- per-sample gradients that are never written ------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("samples", "tokens", "rows", "columns", "queries"),
+    [(1, 1, 1, 1, 1), (3, 40, 8, 70, 9), (2, 5, 33, 130, 3)], ids=str,
+)  # fmt: skip
+def test_dots_and_norms(
+    samples: int, tokens: int, rows: int, columns: int, queries: int, dtype: torch.dtype,
+    allocations: Allocations,
+) -> None:  # fmt: skip
+    delta = random(samples, tokens, rows, dtype=dtype)
+    act = random(samples, tokens, columns, dtype=dtype, seed=1)
+    V = random(queries, rows, columns, seed=2)
+    dots = face.per_sample_dot(poisoned(delta), poisoned(act), poisoned(V), False)
+    norms = face.per_sample_norm_sq(poisoned(delta), poisoned(act), False)
+    allocations.assert_intact()
+    peer = reference.per_sample_dot(delta, act, V, False)
+    oracle.assert_as_exact_as(
+        dots, oracle.per_sample_dot(delta, act, V), peer, k=K, floor=FLOOR, what="dots"
+    )
+    peer = reference.per_sample_norm_sq(delta, act, False)
+    oracle.assert_as_exact_as(
+        norms, oracle.per_sample_norm_sq(delta, act), peer, k=K, floor=FLOOR, what="norms"
+    )
+
+
+def test_samples_of_any_batch_shape() -> None:
+    delta, act, V = random(2, 3, 6, 4), random(2, 3, 6, 10, seed=1), random(2, 4, 10, seed=2)
+    dots = face.per_sample_dot(delta, act, V, False)
+    assert dots.shape == (2, 3, 2)
+    peer = reference.per_sample_dot(delta, act, V, False)
+    oracle.assert_as_exact_as(dots, oracle.per_sample_dot(delta, act, V), peer, k=K, floor=FLOOR)
+    none = face.per_sample_dot(delta[:, :0], act[:, :0], V, False)
+    assert none.shape == (2, 0, 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_factored_sherman_morrison_equals_the_one_on_gradients(dtype: torch.dtype) -> None:
+    from hyperinf_kernels.ops.triton.factored import sherman_morrison_factored
+
+    delta = random(9, 11, 4, dtype=dtype)
+    act = random(9, 11, 70, dtype=dtype, seed=1)
+    V = random(5, 4, 70, seed=2)
+    lam = torch.tensor(2.0, device=DEVICE)
+    W = sherman_morrison_factored(V, poisoned(delta), poisoned(act), lam)
+    grads = oracle.per_sample_grad(delta, act)
+    expected = oracle.datainf(V.flatten(1), oracle.flatten(grads), 2.0)
+    rows = reference.per_sample_grad(delta, act).flatten(1)
+    peer = reference.sherman_morrison(V.flatten(1), rows, lam)
+    oracle.assert_as_exact_as(W.flatten(1), expected, peer, k=K, floor=FLOOR)
+
+
+def test_thousands_of_samples_through_a_few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hyperinf_kernels.ops.triton import per_sample
+
+    samples = 5000
+    chosen = [0, 1, 4998, 4999]
+    if INTERPRETING:
+        kernel = FewPrograms(per_sample._per_sample_kernel, chosen)
+        monkeypatch.setattr(per_sample, "_per_sample_kernel", kernel)
+    delta, act = random(samples, 2, 3), random(samples, 2, 5, seed=1)
+    V = random(2, 3, 5, seed=2)
+    dots = face.per_sample_dot(delta, act, V, False)[chosen]
+    expected = oracle.per_sample_dot(delta[chosen], act[chosen], V)
+    peer = reference.per_sample_dot(delta[chosen], act[chosen], V, False)
+    oracle.assert_as_exact_as(dots, expected, peer, k=K, floor=FLOOR)
+
+
+# --- streaming top-k ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("largest", [False, True])
+@pytest.mark.parametrize(("k", "sizes"), [(1, (1,)), (5, (40, 3, 100)), (100, (70, 200))], ids=str)
+def test_topk_of_a_stream_is_the_sorted_prefix(
+    k: int, sizes: tuple[int, ...], largest: bool
+) -> None:
+    from hyperinf_kernels.ops.triton.topk import topk_empty, topk_merge_, topk_values
+
+    # few distinct values, both zeros among them, so that ties are everywhere
+    scores = (random(3, sum(sizes)) * 4).round() / 4
+    scores[:, 0] = -0.0
+    keys, first = topk_empty(3, k, DEVICE), 0
+    for size in sizes:
+        topk_merge_(keys, poisoned(scores[:, first : first + size]), k, first, largest)
+        first += size
+    values, ids = topk_values(keys, k, largest)
+    signed = (-scores if largest else scores).double().cpu().numpy()
+    order = np.argsort(signed, axis=1, kind="stable")[:, :k]
+    kept = order.shape[1]
+    assert (ids[:, :kept].cpu().numpy() == order).all()
+    assert (
+        values[:, :kept].cpu().numpy() == np.take_along_axis(scores.cpu().numpy(), order, 1)
+    ).all()
+    assert (ids[:, kept:] == -1).all()
+
+
+def test_topk_never_keeps_nan_and_refuses_a_k_it_has_no_kernel_for() -> None:
+    from hyperinf_kernels.ops.triton.topk import topk_empty, topk_merge_, topk_values
+
+    scores = torch.tensor([[float("nan"), 2.0, float("-inf"), float("nan")]], device=DEVICE)
+    scores[0, 3] = -scores[0, 0]
+    keys = topk_empty(1, 3, DEVICE)
+    topk_merge_(keys, scores, 3, 0, False)
+    values, ids = topk_values(keys, 3, False)
+    assert ids.tolist() == [[2, 1, -1]]
+    assert values[0, :2].tolist() == [float("-inf"), 2.0]
+    with pytest.raises(ValueError, match=r"k must lie in \[1, 128\], got 129"):
+        topk_empty(1, 129, DEVICE)
+
+
+# --- registration -------------------------------------------------------------------------------
+
+
+def _accumulate() -> tuple[object, tuple[object, ...]]:
+    from hyperinf_kernels.ops.triton.accumulate import accumulate_
+
+    L = random(1, 8, 5)
+    return accumulate_, (random(1, 5, 5), L, L, 0.5, "tf32x3", True)
+
+
+def _sherman_morrison() -> tuple[object, tuple[object, ...]]:
+    from hyperinf_kernels.ops.triton.sherman_morrison import sherman_morrison
+
+    return sherman_morrison, (random(1, 2, 9), random(1, 4, 9), torch.ones(1, device=DEVICE))
+
+
+def _per_sample() -> tuple[object, tuple[object, ...]]:
+    from hyperinf_kernels.ops.triton.per_sample import per_sample
+
+    return per_sample, (random(2, 3, 4), random(2, 3, 5), random(2, 4, 5))
+
+
+def _weighted_sum() -> tuple[object, tuple[object, ...]]:
+    from hyperinf_kernels.ops.triton.factored import weighted_sum
+
+    return weighted_sum, (random(2, 3, 4), random(2, 3, 5), random(2, 2))
+
+
+def _topk() -> tuple[object, tuple[object, ...]]:
+    from hyperinf_kernels.ops.triton.topk import topk_empty, topk_merge_
+
+    return topk_merge_, (topk_empty(2, 3, DEVICE), random(2, 7), 3, 0, False)
+
+
+@pytest.mark.parametrize(
+    "case", [_accumulate, _sherman_morrison, _per_sample, _weighted_sum, _topk]
+)
+def test_opcheck(case: Callable[[], tuple[object, tuple[object, ...]]]) -> None:
+    op, arguments = case()
+    torch.library.opcheck(op, arguments)
