@@ -58,6 +58,14 @@ class Case:
     def loaders(self) -> tuple[DataLoader, DataLoader]:
         return DataLoader(self.train, TRAIN_BATCH), DataLoader(self.query, QUERY_BATCH)
 
+    def float(self) -> Case:
+        """The same in fp32, for hosts that know nothing else."""
+        train, query = (
+            TensorDataset(*(t.float() if t.is_floating_point() else t for t in data.tensors))
+            for data in (self.train, self.query)
+        )
+        return Case(self.model.float(), self.names, train, query)
+
     def raw(self, data: TensorDataset) -> dict[str, Tensor]:
         """{parameter: (n, *shape)}: one backward pass per sample."""
         parameters = dict(self.model.named_parameters())
