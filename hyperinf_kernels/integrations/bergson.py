@@ -7,6 +7,7 @@ flattened row by row, a bias last; its default loss is a sum over tokens.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,6 @@ import bergson.builder
 import bergson.query.attributor
 import bergson.score.score
 from bergson.config import InversionConfig
-from bergson.gradients import GradientProcessor
 
 __all__ = [
     "HyperINFPreconditioner", "SolverPreconditioner", "inversion_config", "preconditioning",
@@ -85,12 +85,7 @@ def write_dense_hessian(
         E = factors.eigenvalues.flatten()
         Q = torch.kron(factors.gradient, factors.activation)
         hessians[module(name)] = ((Q * E) @ Q.mT).float()
-    copied = {
-        field: getattr(processor, field)
-        for field in processor.__dataclass_fields__
-        if field not in ("hessians", "hessians_eigen")
-    }
-    GradientProcessor(**copied, hessians=hessians).save(Path(folder))
+    dataclasses.replace(processor, hessians=hessians, hessians_eigen={}).save(Path(folder))
     return Path(folder)
 
 
@@ -118,7 +113,7 @@ class HyperINFPreconditioner:
             if factors is None:
                 out[name] = flat
                 continue
-            G = flat.view(len(flat), *factors.eigenvalues.shape)
+            G = flat.reshape(len(flat), *factors.eigenvalues.shape)
             out[name] = factors.apply(G, self.power).reshape(flat.shape)
         return out
 
@@ -146,7 +141,7 @@ class SolverPreconditioner:
             raise InputError(f"the gradients lack the module {absent[0]}")
         queries = {}
         for name, block in self.blocks.items():
-            G = grads[name].view(len(grads[name]), *self.shapes[name])
+            G = grads[name].reshape(len(grads[name]), *self.shapes[name])
             queries[block] = G.mT if LORA_B.search(block) else G
         applied = self.solver.apply(queries)
         out = dict(grads)
