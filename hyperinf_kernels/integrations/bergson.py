@@ -83,7 +83,7 @@ def write_dense_hessian(
     hessians = {}
     for name, factors in eigen_factors(solver).items():
         E = factors.eigenvalues.flatten()
-        Q = torch.kron(factors.gradient, factors.activation)
+        Q = torch.kron(factors.gradient.contiguous(), factors.activation.contiguous())
         hessians[module(name)] = ((Q * E) @ Q.mT).float()
     dataclasses.replace(processor, hessians=hessians, hessians_eigen={}).save(Path(folder))
     return Path(folder)
