@@ -94,9 +94,7 @@ class InfluenceAttributor(BaseInnerProductAttributor):
         if self.loss_reduction == "sum":
             return train_rep
         scale = train_rep.batch_size
-        return train_rep.map_layers(
-            lambda name, value, kind: ops.materialize(value, kind) * scale
-        )
+        return train_rep.map_layers(lambda name, value, kind: ops.materialize(value, kind) * scale)
 
     def report(self) -> list[BlockReport]:
         """One entry per layer, of the last pass."""
@@ -176,9 +174,7 @@ def fisher_factors(
         raise InputError("the solver is not fitted: call update() and fit() first")
     factors = {}
     for name, state in solver.blocks.items():
-        C = solver.sums[name] / state.n
-        C.diagonal().add_(solver.lambdas[name])
-        other = torch.eye(state.shape[0])
-        pair = (other, C.float()) if LORA_B.search(name) else (C.float(), other)
+        A, other = solver.curvature(name).float(), torch.eye(state.shape[0])
+        pair = (other, A) if LORA_B.search(name) else (A, other)
         factors[name] = (pair[0].to(device), pair[1].to(device))
     return factors

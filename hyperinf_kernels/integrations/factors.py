@@ -43,12 +43,14 @@ def eigen_factors(solver: HyperINF) -> dict[str, EigenFactors]:
     """
     if not isinstance(solver, HyperINF):
         raise InputError(f"only HyperINF has one-sided factors, not {type(solver).__name__}")
+    if solver.side == "both":
+        raise InputError("one-sided factors need HyperINF(side='cols') or side='rows'")
     if not solver.lambdas:
         raise InputError("the solver is not fitted: call update() and fit() first")
     found = {}
     for name, state in solver.blocks.items():
-        mu, Q = torch.linalg.eigh(solver.sums[name].double().cpu() / state.n)
-        E = mu.clamp_min(0) + solver.lambdas[name]
+        E, Q = torch.linalg.eigh(solver.curvature(name).cpu())
+        E = E.clamp_min(solver.lambdas[name])
         if solver.mode == "paper":
             x = solver.start * E
             if float(x.max()) >= 2:

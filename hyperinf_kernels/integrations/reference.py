@@ -340,4 +340,3 @@ def _save(run_id: int, **results: Any) -> None:
 
 def _plain(value: Any) -> Any:
     return dict(value) if isinstance(value, defaultdict) else value
-

@@ -54,6 +54,7 @@ def make_solver(
 
 __all__ = [
     "CG",
+    "DEFAULT_DAMPING",
     "EKFAC",
     "KFAC",
     "METHODS",

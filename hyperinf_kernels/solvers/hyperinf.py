@@ -13,10 +13,11 @@ from ..errors import InputError
 from ..ops.checks import accumulation_dtype
 from ..ops.costs import rates_of
 from . import routes
-from .base import BlockState, Gradients, Solver
+from .base import BlockState, Solver
 from .damping import DEFAULT_DAMPING, Damping
 from .flat import relative
 from .gfim import Gfim, Side
+from .inputs import Gradients
 from .planning import ROUTES, SolvePlan, cheapest, plan, route_work
 from .report import RESIDUAL_LIMIT, Outcome, precision_of
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,7 +47,9 @@ def read(
     widths = dict(info["grad_sizes"])
     for name, shape in (shapes or {}).items():
         if name not in widths or shape[0] * shape[1] != widths[name]:
-            raise InputError(f"module {name}: {tuple(shape)} does not fit {widths.get(name)} numbers")
+            raise InputError(
+                f"module {name}: {tuple(shape)} does not fit {widths.get(name)} numbers"
+            )
     n, width = int(info["num_grads"]), sum(widths.values())
     path = folder / "gradients.bin"
     expected = n * width * dtype.itemsize
@@ -59,10 +62,13 @@ def read(
             part = part.view(torch.bfloat16)
         part = part if part.dtype == torch.float64 else part.float()
         columns = part.split(list(widths.values()), 1)
-        yield list(range(start, start + len(part))), {
-            name: grad.reshape(len(part), *(shapes[name] if shapes else (1, -1)))
-            for (name, _), grad in zip(widths.items(), columns, strict=True)
-        }
+        yield (
+            list(range(start, start + len(part))),
+            {
+                name: grad.reshape(len(part), *(shapes[name] if shapes else (1, -1)))
+                for (name, _), grad in zip(widths.items(), columns, strict=True)
+            },
+        )
 
 
 def write(folder: str | Path, batches: Iterable[Mapping[str, Tensor]]) -> int:
@@ -97,7 +103,7 @@ def write(folder: str | Path, batches: Iterable[Mapping[str, Tensor]]) -> int:
     return n
 
 
-def _info(folder: Path) -> dict[str, object] | dict[str, dict[str, int]]:
+def _info(folder: Path) -> dict[str, Any]:
     path = folder / "info.json"
     if not path.exists():
         raise InputError(f"{folder} is no bergson gradient store: it has no info.json")
