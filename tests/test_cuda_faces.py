@@ -39,7 +39,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     def norm_sq(delta: Tensor, act: Tensor, ghost: bool) -> Tensor:
         return formed("norm", delta, act).square().sum((1, 2))
 
-    def dot(delta: Tensor, act: Tensor, V: Tensor, ghost: bool) -> Tensor:
+    def dot(delta: Tensor, act: Tensor, V: Tensor) -> Tensor:
         assert V.dtype == torch.float32
         assert V.is_contiguous()
         return torch.einsum("boi,moi->bm", formed("dot", delta, act), V)

@@ -323,6 +323,8 @@ def _with_half(kind: type[Solver]) -> list[str]:
     """Methods that define `_half` or `half` themselves, by name."""
     names = []
     for sub in kind.__subclasses__():
-        own = sub._half is not Solver._half or sub.half is not Solver.half
-        names += [sub.method] * (own and "method" in vars(sub)) + _with_half(sub)
+        has_root = sub._half is not Solver._half or sub.half is not Solver.half
+        if has_root and "method" in vars(sub):
+            names.append(sub.method)
+        names += _with_half(sub)
     return sorted(set(names))
