@@ -24,12 +24,15 @@ TORCH_FLAGS = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x
 FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # contraction to fused multiply-add is wanted, -ffast-math is not: NaN has to stay NaN
 KERNEL_FLAGS = [*FLAGS, "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
+AVX2 = ["-mavx2", "-mfma"]
+AVX512 = ["-DHYPERINF_LANES=16", *AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl",
+          "-mprefer-vector-width=512"]  # fmt: skip
 ISAS = {
     "portable": ["-DHYPERINF_LANES=4"],
-    "avx2": ["-DHYPERINF_LANES=8", "-mavx2", "-mfma"],
-    "avx512": ["-DHYPERINF_LANES=16", "-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq",
-               "-mavx512vl", "-mprefer-vector-width=512"],
-}  # fmt: skip
+    "avx2": ["-DHYPERINF_LANES=8", *AVX2],
+    "avx512": AVX512,
+    "avx512bf16": [*AVX512, "-mavx512bf16", "-DHYPERINF_BF16_DOT"],
+}
 if platform.machine().lower() not in ("x86_64", "amd64"):
     ISAS = {"portable": ISAS["portable"]}
 # compiled last, when it is known which CUDA kernels there are

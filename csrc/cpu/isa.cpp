@@ -19,6 +19,9 @@ extern const Kernels kTable;
 namespace avx512 {
 extern const Kernels kTable;
 }
+namespace avx512bf16 {
+extern const Kernels kTable;
+}
 
 static bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
@@ -26,12 +29,15 @@ static bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+
+static bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
 static bool always() { return true; }
 
 static const Isa kIsas[] = {
 #if defined(__x86_64__)
+    {"avx512bf16", has_avx512bf16, &avx512bf16::kTable},
     {"avx512", has_avx512, &avx512::kTable},
     {"avx2", has_avx2, &avx2::kTable},
 #endif
@@ -55,7 +61,8 @@ const Kernels& kernels() {
                     wanted);
     return *isa.kernels;
   }
-  STD_TORCH_CHECK(false, "HYPERINF_CPU_ISA=", wanted, " is not one of avx512, avx2, portable");
+  STD_TORCH_CHECK(false, "HYPERINF_CPU_ISA=", wanted,
+                  " is not one of avx512bf16, avx512, avx2, portable");
 }
 
 }  // namespace hyperinf

@@ -18,6 +18,7 @@ struct SlabArgs {
   const float* queries;  // (n_queries, columns), contiguous
   int64_t n_queries;     // at most kMaxQueries
   float damping;
+  float* spare;  // (n_queries, columns) where rows are bf16
   float* total;  // (n_queries, columns): sum over rows of (v . g) / (damping + g . g) g
 };
 constexpr int64_t kMaxQueries = 16;

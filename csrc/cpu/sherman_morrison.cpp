@@ -2,11 +2,10 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <memory>
-
 #include "cpu/checks.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
+#include "cpu/scratch.h"
 
 namespace hyperinf {
 
@@ -52,10 +51,13 @@ static Tensor sherman_morrison(const Tensor& V, const Tensor& G, const Tensor& d
                   "sherman_morrison: rows of G must have unit stride");
 
   Tensor out = torch::stable::new_empty(V, V.sizes());
-  if (batch * queries * columns == 0) return out;
+  if (batch == 0 || queries == 0 || columns == 0) return out;
   const int64_t group = std::min(queries, kMaxQueries);
   const int64_t each = slab_rows(rows, group), slabs = (rows + each - 1) / each;
-  const std::unique_ptr<float[]> totals(new float[slabs * group * columns]);
+  const int64_t size = checked_product("V and G: their sums", {slabs + 1, group, columns, 4}) / 4;
+  const auto totals = aligned_floats(size);
+  const int64_t spare_size = type == RowType::kBf16 ? group * columns : 0;
+  const auto spare = aligned_floats(worker_count(slabs) * spare_size);
   const Kernels& table = kernels();
   const auto* v = static_cast<const float*>(V.const_data_ptr());
   const auto* lam = static_cast<const float*>(damping.const_data_ptr());
@@ -67,11 +69,11 @@ static Tensor sherman_morrison(const Tensor& V, const Tensor& G, const Tensor& d
     for (int64_t q = 0; q < queries; q += group) {
       const int64_t count = std::min(group, queries - q);
       const float* first = v + (b * queries + q) * columns;
-      for_each_item(slabs, [&](int64_t s, int64_t) {
+      for_each_item(slabs, [&](int64_t s, int64_t worker) {
         const char* start = g + (b * G.stride(0) + s * each * G.stride(1)) * width;
-        table.sherman_morrison_slab({start, type, G.stride(1), std::min(each, rows - s * each),
-                                     columns, first, count, lam[b],
-                                     totals.get() + s * count * columns});
+        table.sherman_morrison_slab(
+            {start, type, G.stride(1), std::min(each, rows - s * each), columns, first, count,
+             lam[b], spare.get() + worker * spare_size, totals.get() + s * count * columns});
       });
       finish(totals.get(), slabs, count, columns, first, static_cast<double>(rows), lam[b],
              result + (b * queries + q) * columns);

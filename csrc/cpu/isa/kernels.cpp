@@ -11,18 +11,15 @@ namespace hyperinf::HYPERINF_ISA {
 
 extern const Kernels kTable;
 
-static void slab(const SlabArgs& a) {
-  if (a.type == RowType::kBf16)
-    sherman_morrison_slab(static_cast<const Bf16*>(a.rows), a);
-  else
-    sherman_morrison_slab(static_cast<const float*>(a.rows), a);
-}
+static void slab(const SlabArgs& a) { sherman_morrison_slab(a); }
 
 static void gram(const GramArgs& a) {
-  if (a.type == RowType::kBf16)
-    gram_tile<float, Bf16>(a);
-  else
-    gram_tile<float, float>(a);
+  if (a.type == RowType::kFloat) return gram_tile<float, float>(a);
+#ifdef HYPERINF_BF16_DOT
+  gram_tile_pairs(a);
+#else
+  gram_tile<float, Bf16>(a);
+#endif
 }
 
 static void gram64(const GramArgs& a) {

@@ -8,6 +8,10 @@
 #include <cstdint>
 #include <cstring>
 
+#ifdef HYPERINF_BF16_DOT
+#include <immintrin.h>
+#endif
+
 #ifndef HYPERINF_ISA
 #define HYPERINF_ISA portable
 #define HYPERINF_LANES 4
@@ -92,6 +96,30 @@ static inline float sum(Vec v) {
     for (int i = 0; i < width; ++i) v[i] += v[i + width];
   return v[0];
 }
+
+// 2 kLanes numbers of bf16 in memory order as two vectors: the even ones, then the odd ones. Half
+// the work of widening them in order.
+struct Pair {
+  Vec even, odd;
+};
+using Words = uint32_t __attribute__((vector_size(4 * HYPERINF_LANES)));
+
+static inline Pair load_pair(const Bf16* p) {
+  Words words;
+  std::memcpy(&words, p, sizeof words);
+  const Words even = words << 16, odd = words & 0xffff0000u;
+  Pair pair;
+  std::memcpy(&pair.even, &even, sizeof even);
+  std::memcpy(&pair.odd, &odd, sizeof odd);
+  return pair;
+}
+
+#ifdef HYPERINF_BF16_DOT
+// The processor's own dot product of bf16 pairs: t += x[2i] y[2i] + x[2i+1] y[2i+1], in fp32.
+static inline Vec dot_pairs(Vec t, Words x, Words y) {
+  return (Vec)_mm512_dpbf16_ps((__m512)t, (__m512bh)x, (__m512bh)y);
+}
+#endif
 
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
