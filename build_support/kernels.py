@@ -103,11 +103,13 @@ def extensions() -> list[Extension]:
 class BuildKernels(build_ext):
     """Compiles several files at a time and says in one line what came of it."""
 
-    facts: dict[str, Any]
+    facts: dict[str, Any] | None = None
     resources: list[dict[str, str | int]]
 
     def build_extension(self, ext: Extension) -> None:
         if ext.name == "hyperinf_kernels._build":
+            if self.facts is None:  # the kernels failed, so there is nothing to tell of
+                return None
             # as a C string literal that holds JSON
             header = Path(self.build_temp) / "build_facts.h"
             header.write_text(json.dumps(json.dumps(self.facts)))
