@@ -44,8 +44,6 @@ Result = TypeVar("Result")
 def absent() -> str | None:
     """Why the extension cannot be built here at all, or None."""
     if os.environ.get("HYPERINF_CPU", "auto") == "0":
-        if os.environ.get("HYPERINF_CUDA") == "1":
-            return stop("HYPERINF_CUDA=1 needs the extension that HYPERINF_CPU=0 turns off")
         return "HYPERINF_CPU=0"
     if os.name == "nt":
         return "the kernels need GCC or Clang"
@@ -59,16 +57,19 @@ def absent() -> str | None:
     return None
 
 
-def stop(message: str) -> None:
-    say(message)
-    sys.exit(1)
+def without(reason: str) -> None:
+    """Go on as pure Python, unless CUDA kernels were asked for by name."""
+    if os.environ.get("HYPERINF_CUDA") == "1":
+        say(f"HYPERINF_CUDA=1, but there is no extension: {reason}")
+        sys.exit(1)
+    say(f"built as pure Python: {reason}")
 
 
 def extensions() -> list[Extension]:
     """_C with the kernels, and _build, which says how it was made; none when pure Python."""
     reason = absent()
     if reason:
-        say(f"built as pure Python: {reason}")
+        without(reason)
         return []
     from torch.utils import cpp_extension
 
@@ -106,11 +107,13 @@ def extensions() -> list[Extension]:
 class BuildKernels(build_ext):
     """Compiles several files at a time and says in one line what came of it."""
 
-    facts: dict[str, Any]
+    facts: dict[str, Any] | None = None
     resources: list[dict[str, str | int]]
 
     def build_extension(self, ext: Extension) -> None:
         if ext.name == "hyperinf_kernels._build":
+            if self.facts is None:  # the kernels failed, so there is nothing to tell of
+                return None
             # as a C string literal that holds JSON
             header = Path(self.build_temp) / "build_facts.h"
             header.write_text(json.dumps(json.dumps(self.facts)))
@@ -120,9 +123,10 @@ class BuildKernels(build_ext):
         try:
             self._build_kernels(ext)
         except cuda.CudaError as error:
-            stop(str(error))
+            say(str(error))
+            sys.exit(1)
         except Exception as error:
-            say(f"built as pure Python, compiling the CPU kernels failed: {error}")
+            without(f"compiling the CPU kernels failed: {error}")
             raise
 
     def _build_kernels(self, ext: Extension) -> None:
