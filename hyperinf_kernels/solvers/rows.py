@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from ..ops import gram_accumulate_
 from ..ops.checks import accumulation_dtype
 
@@ -32,7 +33,13 @@ class Scratch:
         self.remove = weakref.finalize(self, shutil.rmtree, self.path, True)
 
     def mapped(self, rows: Tensor) -> Tensor:
-        """The same numbers in a file that the system may page out."""
+        """The same numbers in a file that the system may page out.
+
+        Raises:
+            InputError: rows that are not in the memory of the CPU.
+        """
+        if rows.device.type != "cpu":
+            raise InputError(f"folder= keeps rows of the CPU in files, not of {rows.device}")
         file = self.path / f"{uuid.uuid4().hex}.bin"
         held = torch.from_file(str(file), shared=True, size=rows.numel(), dtype=rows.dtype)
         return held.view_as(rows).copy_(rows)
