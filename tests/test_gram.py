@@ -108,6 +108,23 @@ def test_the_certificate_of_scores_is_true(method: str, damping: float, m: int) 
     assert method == "lissa" or entry.converged
 
 
+@pytest.mark.parametrize("damping", [1e-1, 1e-4, 1e-7])
+@pytest.mark.parametrize("m", [2, 20], ids="m={}".format)
+def test_datainf_of_nearly_equal_rows_is_certified_honestly(m: int, damping: float) -> None:
+    """Their correction removes almost all of a query, which is what cancels in fp32."""
+    common = torch.randn(1, 4, 90)
+    train = {"b": common * (1 + 0.1 * torch.rand(60, 1, 1)) + 1e-3 * torch.randn(60, 4, 90)}
+    query = {"b": common + 1e-3 * torch.randn(m, 4, 90)}
+    scores = hk.influence(train, query, "datainf", hk.DataInfDamping(damping))
+    (entry,) = scores.report
+    P, V = oracle.flatten(train["b"]), oracle.flatten(query["b"])
+    want = -oracle.datainf(V, P, entry.damping) @ P.T
+    true = np.linalg.norm(oracle.f64(scores.values) - want) / np.linalg.norm(want)
+    assert true <= max(4 * entry.residual, 1e-6)
+    assert entry.converged
+    assert true <= 1e-3
+
+
 def test_own_influence_is_the_diagonal_of_the_scores() -> None:
     train = gradients(60, 1)
     for method in (hk.DataInf, hk.Exact, hk.CG, hk.LiSSA):
@@ -241,7 +258,8 @@ def test_probe_and_image_are_their_products() -> None:
             rows._chunks = list(P.split((30, 7)))
             rows._pending.clear()
         V, B = torch.randn(3, 2500).double(), torch.randn(3, 37).double()
-        Y, KX = rows.sketch(B.mT)
+        Y, KX, norms_sq = rows.sketch(B.mT)
+        torch.testing.assert_close(norms_sq, P.double().square().sum(1), rtol=1e-12, atol=0)
         torch.testing.assert_close(Y, P.double().mT @ B.mT, rtol=1e-12, atol=1e-9)
         torch.testing.assert_close(KX, P.double() @ Y, rtol=1e-12, atol=1e-9)
         dots, image = rows.probe(V, B)

@@ -107,7 +107,8 @@ class Sketch:
         signs = torch.randint(0, 2, (rows.n, PROBES), generator=generator, dtype=torch.float64)
         _, first = next(rows.chunks())
         self.n, self.X = rows.n, (2 * signs - 1).to(first.device)
-        self.rows, self.image = rows.sketch(self.X)  # P^T X (D, s) and K X (n, s)
+        # P^T X (D, s), K X (n, s), and while P is read anyway diag K (n,) to fp64
+        self.rows, self.image, self.norms_sq = rows.sketch(self.X)
 
     def residual(self, LX: Tensor, S: Tensor, lam: float) -> float:
         """||(V - W A) P^T||_F / ||V P^T||_F, about, from L X and the delivered S = -W P^T."""

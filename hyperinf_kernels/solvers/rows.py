@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from ..ops import gram_accumulate_
 from ..ops.checks import accumulation_dtype
 
@@ -32,7 +33,13 @@ class Scratch:
         self.remove = weakref.finalize(self, shutil.rmtree, self.path, True)
 
     def mapped(self, rows: Tensor) -> Tensor:
-        """The same numbers in a file that the system may page out."""
+        """The same numbers in a file that the system may page out.
+
+        Raises:
+            InputError: rows that are not in the memory of the CPU.
+        """
+        if rows.device.type != "cpu":
+            raise InputError(f"folder= keeps rows of the CPU in files, not of {rows.device}")
         file = self.path / f"{uuid.uuid4().hex}.bin"
         held = torch.from_file(str(file), shared=True, size=rows.numel(), dtype=rows.dtype)
         return held.view_as(rows).copy_(rows)
@@ -91,10 +98,6 @@ class GradientRows:
                     K[j, i] = K[i, j].mT
         return K
 
-    def norms_sq(self) -> Tensor:
-        """diag(P P^T) (n,) in fp64."""
-        return torch.cat([squares(rows) for _, rows in self.chunks()])
-
     def second_moment(self) -> Tensor:
         """P^T P (D, D) in fp64."""
         total: Tensor | None = None
@@ -143,15 +146,21 @@ class GradientRows:
             image.addmm_(B @ P, P.mT)
         return dots, image
 
-    def sketch(self, X: Tensor) -> tuple[Tensor, Tensor]:
-        """P^T X (D, s) and P P^T X (n, s) in fp64 and one reading of P, for few columns s of X."""
+    def sketch(self, X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """P^T X (D, s), P P^T X (n, s) and diag(P P^T) (n,) in fp64 and one reading of P.
+
+        Args:
+            X: (n, s) fp64, of few columns.
+        """
         Xt = X.mT.contiguous()
         Yt = torch.empty(len(Xt), self.width, dtype=torch.float64, device=X.device)
         image = torch.zeros(len(Xt), self.n, dtype=torch.float64, device=X.device)
+        norms_sq = torch.zeros(self.n, dtype=torch.float64, device=X.device)
         for columns, P in self._wide_slices():
             Yt[:, columns] = Xt @ P
             image.addmm_(Yt[:, columns], P.mT)
-        return Yt.mT, image.mT
+            norms_sq.add_(torch.linalg.vector_norm(P, dim=1).square())
+        return Yt.mT, image.mT, norms_sq
 
     def _wide_slices(self) -> Iterator[tuple[slice, Tensor]]:
         """Columns of P in fp64, a slice at a time, in one buffer that the next slice reuses."""
