@@ -88,6 +88,25 @@ def test_fp64_gradients_keep_fp64_accuracy_on_the_dual() -> None:
         assert entry.residual <= K * EPS64 * condition
 
 
+def test_the_dual_is_refined_where_its_difference_cancels() -> None:
+    """A query inside the span of the rows, and a damping ten decades below them.
+
+    Whole numbers, so that the query stays in that span and fp64 forms A without rounding.
+    """
+    train = grads(4, 1, whole=True)
+    query = {name: g[:3] + g[1:] for name, g in train.items()}
+    solver = fitted(hk.HyperINF(hk.DataInfDamping(1e-10), inverse="dual"), train)
+    W = solver.apply(query)
+    for entry in solver.report():
+        if entry.shape[1] < 9:
+            continue
+        A = oracle.damped(oracle.gfim(train[entry.block]), entry.damping)
+        V = query[entry.block].reshape(-1, entry.shape[1])
+        truth = oracle.solve(A, V).reshape(W[entry.block].shape)
+        error = np.abs(oracle.f64(W[entry.block]) - truth).max() / np.abs(truth).max()
+        assert error <= 2 * EPS32
+
+
 def test_rows_are_kept_only_while_they_are_the_smaller_thing() -> None:
     train = grads(30, 1)
     solver = hk.HyperINF()

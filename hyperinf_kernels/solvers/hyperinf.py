@@ -138,7 +138,6 @@ class HyperINF(Solver):
     def _merge(self, other: Self) -> None:
         for name, theirs in other.gfims.items():
             self._gfim(name, other.blocks[name].shape).merge(theirs)
-        self._factors.clear()
 
     def curvature(self, name: str, side: str | None = None) -> Tensor:
         """A of a fitted block in fp64; of `side="both"` the factor of the given side."""
@@ -165,7 +164,6 @@ class HyperINF(Solver):
 
     def _keep(self, name: str, batch: Tensor, copy: bool) -> None:
         self._gfim(name).add(batch, copy)
-        self._factors.clear()
 
     def _mean_eigenvalue(self, state: BlockState) -> float:
         if self.side == "both":

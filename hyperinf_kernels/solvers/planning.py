@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..ops.costs import Rates
-from ..ops.iteration import COARSE
 from ..ops.schedule import chain_products
+from ..ops.solve import COARSE
 from .damping import Damping
 
 ROUTES = ("direct", "schulz", "dual", "cg")
