@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from . import hooks as hooks  # registers itself
+from . import convergence as convergence  # registers itself
+from . import hooks as hooks
 from . import job as job
 from . import native as native
 from . import plots, registry

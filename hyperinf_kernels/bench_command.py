@@ -55,8 +55,8 @@ def _choice(d: int, batch: int, found: Any) -> dict[str, Any]:
     from .ops.costs import inverse_seconds
 
     seconds = inverse_seconds(d, batch, 1e4, rates=found)
-    return {"d": d, "batch": batch, "condition": 1e4, **seconds,
-            "cheaper": min(seconds, key=lambda route: seconds[route])}  # fmt: skip
+    cheaper = min(seconds, key=seconds.__getitem__)
+    return {"d": d, "batch": batch, "condition": 1e4, "cheaper": cheaper} | dict(seconds.items())
 
 
 def _table(found: Any, choices: list[dict[str, Any]], path: Path | None) -> None:
