@@ -55,8 +55,9 @@ def _choice(d: int, batch: int, found: Any) -> dict[str, Any]:
     from .ops.costs import inverse_seconds
 
     seconds = inverse_seconds(d, batch, 1e4, rates=found)
-    cheaper = min(seconds, key=seconds.__getitem__)
-    return {"d": d, "batch": batch, "condition": 1e4, "cheaper": cheaper} | dict(seconds.items())
+    cheaper = min(seconds, key=lambda route: seconds[route])
+    times = {str(route): value for route, value in seconds.items()}
+    return {"d": d, "batch": batch, "condition": 1e4, **times, "cheaper": cheaper}
 
 
 def _table(found: Any, choices: list[dict[str, Any]], path: Path | None) -> None:
