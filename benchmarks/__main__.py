@@ -6,9 +6,11 @@ import sys
 
 import torch
 
-from . import datainf as datainf  # registers itself
+from . import convergence as convergence  # registers itself
+from . import datainf as datainf
 from . import exact as exact
 from . import gpu as gpu
+from . import hooks as hooks
 from . import hooks as hooks
 from . import job as job
 from . import native as native

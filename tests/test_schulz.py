@@ -263,6 +263,18 @@ def test_the_scale_of_a_matrix_changes_nothing_but_the_scale_of_its_inverse() ->
         )
 
 
+@pytest.mark.parametrize("power", [-200, 200])
+def test_fp64_scales_beyond_fp32_do_not_keep_a_start_from_running_there(power: int) -> None:
+    a, v = spd(300.0, 24), torch.randn(2, 24, dtype=torch.float64)
+    scale = 2.0**power
+    x, info = hk.schulz_inverse(a * scale, precision="tf32", return_info=True)
+    w, solved = hk.schulz_solve(a * scale, v, return_info=True)
+    assert bool(info.lowered)
+    assert info.fallback is solved.fallback is None
+    assert oracle.inverse_residual(a, x * scale) <= 1e-12
+    assert oracle.solve_residual(a, v, w * scale) <= 1e-13
+
+
 # --- it never lies and never diverges ------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ from .flat import relative
 from .gfim import Gfim, Side
 from .inputs import Gradients
 from .planning import ROUTES, SolvePlan, cheapest, plan, route_work
-from .report import RESIDUAL_LIMIT, Outcome, precision_of
+from .report import RESIDUAL_LIMIT, Outcome
 
 Mode = Literal["converged", "paper"]
 Inverse = Literal["auto", "direct", "schulz", "dual", "cg"]
@@ -139,7 +139,6 @@ class HyperINF(Solver):
     def _merge(self, other: Self) -> None:
         for name, theirs in other.gfims.items():
             self._gfim(name, other.blocks[name].shape).merge(theirs)
-        self._factors.clear()
 
     def curvature(self, name: str, side: str | None = None) -> Tensor:
         """A of a fitted block in fp64; of `side="both"` the factor of the given side."""
@@ -166,7 +165,6 @@ class HyperINF(Solver):
 
     def _keep(self, name: str, batch: Tensor, copy: bool) -> None:
         self._gfim(name).add(batch, copy)
-        self._factors.clear()
 
     def _mean_eigenvalue(self, state: BlockState) -> float:
         if self.side == "both":
@@ -249,20 +247,12 @@ class HyperINF(Solver):
             and self._route(name, len(self._queries[name])) == "schulz"
         ]  # fmt: skip
         names = names[names.index(first) :][:most]
-        A = torch.stack([self.curvature(name) for name in names])
-        queries = [self._queries[name].double() for name in names]
+        A = [self.curvature(name) for name in names]
+        queries = [self._queries[name] for name in names]
         turned = [V.mT if self.side == "rows" else V for V in queries]
-        V = torch.stack([t.reshape(-1, t.shape[-1]) for t in turned])
-        lams = torch.tensor(
-            [self.lambdas[name] for name in names], dtype=torch.float64, device=A.device
-        )
-        W, info = routes.schulz(A, V, lams, self.tol)
-        for i, name in enumerate(names):
-            fallback = info.fallback if bool(info.replaced[i]) else None
-            self._batched[name] = A[i], routes.Solved(
-                W[i], info.products, info.iterations, precision_of(self._queries[name]),
-                info.backend, fallback,
-            )  # fmt: skip
+        V = [t.double().reshape(-1, t.shape[-1]) for t in turned]
+        solved = routes.schulz(A, V, [self.lambdas[name] for name in names], self.tol)
+        self._batched |= dict(zip(names, zip(A, solved, strict=True), strict=True))
 
     def _both(self, name: str, V: Tensor) -> tuple[Tensor, Outcome]:
         A = {side: self.curvature(name, side) for side in self._sides()}

@@ -5,14 +5,14 @@ V is (q, d) in fp64, A (d, d) in fp64 and symmetric positive definite.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..ops import SolveInfo, schulz_solve
+from ..ops import schulz_solve
 from ..ops.bounds import lanczos, lower_estimate, upper_bound
 from .report import precision_of
 
@@ -55,20 +55,32 @@ def direct(lower: Tensor, V: Tensor) -> Solved:
     return Solved(torch.cholesky_solve(V.mT, lower).mT)
 
 
-def schulz(A: Tensor, V: Tensor, lams: Tensor, tol: float | None) -> tuple[Tensor, SolveInfo]:
-    """By Chebyshev-scaled Schulz steps, one batched call for all blocks: A (B, d, d), V (B, q, d).
+def schulz(
+    A: Sequence[Tensor], V: Sequence[Tensor], lams: Sequence[float], tol: float | None
+) -> list[Solved]:
+    """By Chebyshev-scaled Schulz steps, in one batched call for blocks of equal size.
 
     The damping bounds each spectrum below, unless Lanczos steps see that it begins higher; trace,
     norms and Lanczos steps bound it above.
     """
-    ritz = lanczos(A)
-    upper = upper_bound(A, lams, ritz)
-    lower = torch.minimum(torch.maximum(lams, lower_estimate(A, ritz)), upper)
+    stack, damping = torch.stack(list(A)), torch.tensor(lams, dtype=torch.float64).to(A[0].device)
+    ritz = lanczos(stack)
+    upper = upper_bound(stack, damping, ritz)
+    lower = torch.minimum(torch.maximum(damping, lower_estimate(stack, ritz)), upper)
     if tol is None:
         # what fp64 residuals can hold at this condition, and no tighter than W's rounding needs
-        worst = float((upper / lams).max())
+        worst = float((upper / damping).max())
         tol = min(1e-3, max(1e-8, 64 * EPS64 * worst))
-    return schulz_solve(A, V, bounds=(lower, upper), tol=tol, return_info=True)
+    W, info = schulz_solve(
+        stack, torch.stack(list(V)), bounds=(lower, upper), tol=tol, return_info=True
+    )
+    return [
+        Solved(
+            W[i], info.products, info.iterations, "fp32 and fp64", info.backend,
+            info.fallback if bool(info.replaced[i]) else None,
+        )
+        for i in range(len(A))
+    ]  # fmt: skip
 
 
 def dual(rows: Tensor, n: int, lam: float, V: Tensor) -> Solved:
