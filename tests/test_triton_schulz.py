@@ -223,6 +223,15 @@ def test_opcheck(name: str) -> None:
     torch.library.opcheck(getattr(module, name), (A, start, coefficients, given, *tail))
 
 
+@pytest.mark.parametrize("d", [6, 40, 70], ids=["registers", "resident", "product"])
+def test_no_steps_leave_the_start(d: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(face, "LARGEST_ONCHIP", 64)
+    start = torch.tensor([0.5, 2.0], device=DEVICE)
+    X, products = face.schulz(spd(2, d, 3.0), start, [])
+    assert torch.equal(X, start[:, None, None] * torch.eye(d, device=DEVICE))
+    assert products == 0
+
+
 def test_empty_batches_and_matrices() -> None:
     start, steps = plan(1, 10.0)
     none = [Step(s.degree, {k: c[:0] for k, c in s.coefficients.items()}) for s in steps]

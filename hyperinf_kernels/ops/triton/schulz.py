@@ -114,11 +114,11 @@ def schulz_chain(
         X (B, d, d), the residual (B,) before the last step done, products done as one int64.
     """
     batch, d, _ = A.shape
-    X = torch.empty_like(A, memory_format=torch.contiguous_format)
     count = torch.zeros((), dtype=torch.int64)
-    if X.numel() == 0:
-        return X, A.new_zeros(batch), count
     scale = start[:, None, None]
+    X = scale * torch.eye(d, dtype=A.dtype, device=A.device) if not degrees else A
+    if A.numel() == 0:
+        return A.new_empty(A.shape), A.new_zeros(batch), count
     R = -scale * A
     R.diagonal(dim1=-2, dim2=-1).add_(1)
     norm = R.square().sum((-2, -1))
