@@ -9,7 +9,7 @@ import re
 
 import torch
 
-LEAST_TRITON = (3, 4)
+LEAST_TRITON = (3, 6)
 LEAST_CAPABILITY = (8, 0)
 REMEDY = "pip install 'hyperinf_kernels[triton]'"
 

@@ -55,7 +55,7 @@ def rows(
 
         from . import signatures
     except ImportError as error:
-        raise RuntimeError(f"compiling needs Triton 3.4 or later: {error}") from None
+        raise RuntimeError(f"compiling needs Triton 3.6 or later: {error}") from None
 
     with tempfile.TemporaryDirectory() as cache, knobs.cache.scope(), knobs.nvidia.scope():
         knobs.cache.dir = cache
