@@ -130,6 +130,26 @@ def test_a_kernel_with_32_bit_offsets_and_one_that_spills_are_both_noticed(tmp_p
     assert spilling["instructions"]["STL"] > 0
 
 
+ONES = """
+import json
+from hyperinf_kernels.ops.triton import aot, signatures
+from hyperinf_kernels.ops.triton.configs import table
+
+first = {}
+for config in table():
+    first.setdefault((config.kernel, config.up_to), config)
+print(json.dumps(list(aot.rows(list(first.values()), signatures.with_ones))))
+"""
+
+
+def test_sizes_of_one_which_a_launch_turns_into_constants_compile_too(tmp_path: Path) -> None:
+    file = tmp_path / "ones.py"
+    file.write_text(ONES, encoding="utf-8")
+    found = json.loads(in_a_child(str(file)))
+    assert {row["kernel"] for row in found} == {config.kernel for config in table()}
+    assert [described(row) for row in found if row["spill_bytes"]] == []
+
+
 def test_compiling_beside_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1 turns the compiler off"):

@@ -79,8 +79,8 @@ def test_what_it_does_not_take_runs_in_torch_with_the_reason(
 
 @pytest.mark.parametrize(
     ("version", "device", "reason"),
-    [("3.9.0", (9, 0), None), ("3.4.0", (8, 0), None), ("4.0", (12, 0), None),
-     ("3.3.1", (9, 0), "triton 3.3.1 is too old, the kernels need 3.4"),
+    [("3.9.0", (9, 0), None), ("3.6.0", (8, 0), None), ("4.0", (12, 0), None),
+     ("3.5.1", (9, 0), "triton 3.5.1 is too old, the kernels need 3.6"),
      ("3.9.0", None, "no CUDA device is visible"),
      ("3.9.0", (7, 5), "compute capability 7.5, the kernels need 8.0")],
 )  # fmt: skip

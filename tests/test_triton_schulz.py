@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import hyperinf_kernels as hk
 from hyperinf_kernels.ops import reference, schedule
 from hyperinf_kernels.ops.schedule import Step
 from hyperinf_kernels.ops.triton import entry as face
@@ -23,6 +24,7 @@ from tests.triton_cases import (
     spd,
 )
 from tests.triton_cases import allocations as allocations
+from tests.triton_cases import through_the_dispatcher as through_the_dispatcher
 
 pytestmark = on_device()
 # largest error <= K x largest error of the same chain in torch fp32, plus a few roundings
@@ -210,6 +212,36 @@ def test_batch_dimensions_views_and_transposes() -> None:
         torch.testing.assert_close(X.view(6, 20, 20), plain, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("through_the_dispatcher")
+@pytest.mark.parametrize(
+    ("d", "condition", "asked", "runs"),
+    [(20, 100.0, "tf32", "ieee"), (40, 100.0, "bf16", "bf16"), (40, 1e4, "tf32", "tf32x3"),
+     (40, 1e4, "ieee", "ieee")],
+)  # fmt: skip
+def test_the_public_inverse_converges_whatever_precision_is_permitted(
+    d: int, condition: float, asked: str, runs: str
+) -> None:
+    A = spd(2, d, condition)
+    with hk.trace_backends() as log:
+        X, info = hk.schulz_inverse(
+            A, bounds=(1 / condition, 1.01), precision=asked, return_info=True
+        )
+    assert [plan.backend for plan in log] == ["triton"]
+    assert (info.backend, info.precision, info.fallback) == ("triton", runs, None)
+    assert info.converged.all()
+    peer = torch.linalg.inv(A)
+    oracle.assert_as_exact_as(X, oracle.inverse(A), peer, k=4 * K, floor=FLOOR)
+
+
+@pytest.mark.usefixtures("through_the_dispatcher")
+def test_the_public_solve_starts_from_a_low_precision_inverse() -> None:
+    A, V = spd(2, 40, 100.0), random(2, 3, 40)
+    W, info = hk.schulz_solve(A, V, bounds=(0.01, 1.01), precision="bf16", return_info=True)
+    assert (info.backend, info.precision, info.fallback) == ("triton", "bf16", None)
+    assert info.converged.all()
+    oracle.assert_as_exact_as(W, oracle.solve(A, V), V @ torch.linalg.inv(A), k=2 * K, floor=FLOOR)
+
+
 @pytest.mark.parametrize("name", ["schulz_onchip", "schulz_chain"])
 def test_opcheck(name: str) -> None:
     from hyperinf_kernels.ops.triton import schulz as module
@@ -221,6 +253,15 @@ def test_opcheck(name: str) -> None:
     given = degrees if name == "schulz_onchip" else [2, 3]
     tail = (0.0, "ieee") if name == "schulz_onchip" else (0.0, 0, "ieee", 1)
     torch.library.opcheck(getattr(module, name), (A, start, coefficients, given, *tail))
+
+
+@pytest.mark.parametrize("d", [6, 40, 70], ids=["registers", "resident", "product"])
+def test_no_steps_leave_the_start(d: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(face, "LARGEST_ONCHIP", 64)
+    start = torch.tensor([0.5, 2.0], device=DEVICE)
+    X, products = face.schulz(spd(2, d, 3.0), start, [])
+    assert torch.equal(X, start[:, None, None] * torch.eye(d, device=DEVICE))
+    assert products == 0
 
 
 def test_empty_batches_and_matrices() -> None:

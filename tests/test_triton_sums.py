@@ -237,9 +237,8 @@ def test_topk_of_a_stream_is_the_sorted_prefix(
 ) -> None:
     from hyperinf_kernels.ops.triton.topk import topk_empty, topk_merge_, topk_values
 
-    # few distinct values, both zeros among them, so that ties are everywhere
+    # few distinct values, so that ties are everywhere
     scores = (random(3, sum(sizes)) * 4).round() / 4
-    scores[:, 0] = -0.0
     keys, first = topk_empty(3, k, DEVICE), 0
     for size in sizes:
         topk_merge_(keys, poisoned(scores[:, first : first + size]), k, first, largest)
@@ -253,6 +252,17 @@ def test_topk_of_a_stream_is_the_sorted_prefix(
         values[:, :kept].cpu().numpy() == np.take_along_axis(scores.cpu().numpy(), order, 1)
     ).all()
     assert (ids[:, kept:] == -1).all()
+
+
+@pytest.mark.parametrize("largest", [False, True])
+def test_topk_orders_both_zeros_by_position(largest: bool) -> None:
+    from hyperinf_kernels.ops.triton.topk import topk_empty, topk_merge_, topk_values
+
+    scores = torch.tensor([[0.0, -0.0, 5.0, -5.0, -0.0, 0.0]], device=DEVICE)
+    keys = topk_empty(1, 5, DEVICE)
+    topk_merge_(keys, scores, 5, 0, largest)
+    _, ids = topk_values(keys, 5, largest)
+    assert ids.tolist() == [[2 if largest else 3, 0, 1, 4, 5]]
 
 
 def test_topk_never_keeps_nan_and_refuses_a_k_it_has_no_kernel_for() -> None:

@@ -262,7 +262,8 @@ def test_the_tuner_has_a_problem_for_every_row_of_the_table(
 ) -> None:
     from hyperinf_kernels.ops.triton import configs, tune
 
-    sizes = {"BATCH": 2, "SIDE": 64, "DEPTH": 1024, "COLUMNS": 256, "SAMPLES": 2, "TOKENS": 8}
+    sizes = {"BATCH": 2, "SIDE": 64, "DEPTH": 1024, "COLUMNS": 256, "SAMPLES": 2, "TOKENS": 8,
+             "STREAMS": 2}  # fmt: skip
     for name, value in sizes.items():
         monkeypatch.setattr(tune, name, value)
     # a trial row that cannot be launched shows that the problem launches this very row

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hyperinf_kernels.ops import dispatch
 from tests import oracle
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -110,6 +111,14 @@ def allocations(monkeypatch: pytest.MonkeyPatch) -> Allocations:
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
     monkeypatch.setattr(torch, "empty_like", empty_like)
     return watched
+
+
+@pytest.fixture
+def through_the_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Public ops choose Triton as on a GPU, for CPU tensors too while interpreting."""
+    if INTERPRETING:
+        monkeypatch.setattr(dispatch, "capability", dispatch.Capability)
+        monkeypatch.setitem(dispatch.PREFERENCE, "cpu", ("triton", "torch"))
 
 
 class FewPrograms:

@@ -6,7 +6,7 @@ import importlib.metadata
 import importlib.util
 import re
 
-LEAST_TRITON = (3, 4)
+LEAST_TRITON = (3, 6)
 LEAST_CAPABILITY = (8, 0)
 REMEDY = "pip install 'hyperinf_kernels[triton]'"
 

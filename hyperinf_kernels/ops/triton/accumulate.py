@@ -56,8 +56,11 @@ def _accumulate_kernel(
     k = tl.arange(0, BLOCK_K)
     start = split.to(tl.int64) * per_split
     length = tl.minimum(per_split, depth - start)
-    l_at = L + b * stride_lb + (start + k)[None, :] * stride_lk + i[:, None] * stride_lm
-    r_at = R + b * stride_rb + (start + k)[:, None] * stride_rk + j[None, :] * stride_rn
+    # a row of a Gram matrix alone can be longer than 32 bits count
+    l_row = L + b * stride_lb + i[:, None].to(tl.int64) * stride_lm
+    r_col = R + b * stride_rb + j[None, :].to(tl.int64) * stride_rn
+    l_at = l_row + (start + k)[None, :] * stride_lk
+    r_at = r_col + (start + k)[:, None] * stride_rk
     acc = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
     for first in range(0, length, BLOCK_K):
         left = tl.load(l_at, mask=(i < rows)[:, None] & (k < length - first)[None, :], other=0.0)
@@ -96,7 +99,7 @@ def _reduce_kernel(
     total = tl.zeros((STRIP, BLOCK), dtype=tl.float32)
     for _ in range(splits):
         total += tl.load(at)
-        at += tiles.to(tl.int64) * BLOCK * BLOCK
+        at += tiles * (BLOCK * BLOCK)
     _add_tile(C + b * stride_cb, row_tile * BLOCK + within, col_tile * BLOCK + j, rows, cols,
               stride_cm, stride_cn, alpha * total, row_tile != col_tile, SYMMETRIC)  # fmt: skip
 

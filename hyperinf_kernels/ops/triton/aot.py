@@ -16,7 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,14 @@ MATRIX = re.compile(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync")
 EXPECTED = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
 
-def rows(configs: Sequence[Config] | None = None) -> Iterator[dict[str, Any]]:
+def rows(
+    configs: Sequence[Config] | None = None, change: Callable[[Any], Any] = lambda variant: variant
+) -> Iterator[dict[str, Any]]:
     """One dict per configuration and variant, compiled one after another.
+
+    Args:
+        configs: the shipped ones by default.
+        change: applied to each variant before it is compiled.
 
     Raises:
         RuntimeError: TRITON_INTERPRET=1 in this process, or no Triton.
@@ -49,14 +55,14 @@ def rows(configs: Sequence[Config] | None = None) -> Iterator[dict[str, Any]]:
 
         from . import signatures
     except ImportError as error:
-        raise RuntimeError(f"compiling needs Triton 3.4 or later: {error}") from None
+        raise RuntimeError(f"compiling needs Triton 3.6 or later: {error}") from None
 
     with tempfile.TemporaryDirectory() as cache, knobs.cache.scope(), knobs.nvidia.scope():
         knobs.cache.dir = cache
         knobs.nvidia.dump_ptxas_log = True
         for config in table() if configs is None else configs:
             for variant in signatures.variants(config):
-                yield _compiled(config, variant, Path(cache))
+                yield _compiled(config, change(variant), Path(cache))
 
 
 def table_rows() -> list[dict[str, Any]]:

@@ -36,9 +36,9 @@ def _weighted_sum_kernel(
         for start in range(0, tokens, TOKENS):
             tt = start + t
             seen = tt < tokens
-            delta = tl.load(DELTA + tt[None, :] * stride_dt + o[:, None],
+            delta = tl.load(DELTA + tt[None, :].to(tl.int64) * stride_dt + o[:, None],
                             mask=seen[None, :] & (q < queries)[:, None], other=0.0)  # fmt: skip
-            act = tl.load(ACT + tt[:, None] * stride_at + i[None, :],
+            act = tl.load(ACT + tt[:, None].to(tl.int64) * stride_at + i[None, :],
                           mask=seen[:, None] & (i < columns)[None, :], other=0.0)  # fmt: skip
             total = dot(delta.to(tl.float32) * weight[:, None], act, total, PRECISION)
         WEIGHT += queries

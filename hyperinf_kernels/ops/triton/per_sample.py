@@ -48,6 +48,7 @@ def _per_sample_kernel(
         for start in range(0, tokens, TOKENS):
             tt = start + t
             seen = tt < tokens
+            tt = tt.to(tl.int64)
             delta = tl.load(DELTA + b * stride_db + tt[None, :] * stride_dt + o[:, None],
                             mask=seen[None, :] & (o < rows)[:, None], other=0.0)  # fmt: skip
             act = tl.load(ACT + b * stride_ab + tt[:, None] * stride_at + i[None, :],

@@ -86,7 +86,7 @@ def _product_kernel(
     j = col_tile * BLOCK + tl.arange(0, BLOCK)
     k = tl.arange(0, BLOCK_K)
     matrix = b * d * d
-    l_at = L + b * stride_lb + i[:, None] * stride_lm + k[None, :]
+    l_at = L + b * stride_lb + i[:, None].to(tl.int64) * stride_lm + k[None, :]
     m_at = M + matrix + k[:, None] * d + j[None, :]
     acc = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
     for first in range(0, d, BLOCK_K):

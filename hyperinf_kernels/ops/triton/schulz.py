@@ -6,6 +6,7 @@ tensors only and no value is read back by the host.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,8 +36,12 @@ def packed(steps: Sequence[Step], batch: int, device: torch.device) -> tuple[Ten
     for k, step in enumerate(steps):
         for column, name in enumerate(COEFFICIENTS[step.degree]):
             table[k, :, column] = step.coefficients[name].reshape(batch)
-    degrees = torch.tensor([s.degree for s in steps], dtype=torch.int32)
-    return table, degrees.to(device, non_blocking=True)
+    return table, _degrees(tuple(s.degree for s in steps), device)
+
+
+@functools.cache
+def _degrees(chain: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(chain, dtype=torch.int32, device=device)
 
 
 @torch.library.custom_op("hyperinf_triton::schulz_onchip", mutates_args=())
@@ -109,11 +114,11 @@ def schulz_chain(
         X (B, d, d), the residual (B,) before the last step done, products done as one int64.
     """
     batch, d, _ = A.shape
-    X = torch.empty_like(A, memory_format=torch.contiguous_format)
     count = torch.zeros((), dtype=torch.int64)
-    if X.numel() == 0:
-        return X, A.new_zeros(batch), count
     scale = start[:, None, None]
+    X = scale * torch.eye(d, dtype=A.dtype, device=A.device) if not degrees else A
+    if A.numel() == 0:
+        return A.new_empty(A.shape), A.new_zeros(batch), count
     R = -scale * A
     R.diagonal(dim1=-2, dim2=-1).add_(1)
     norm = R.square().sum((-2, -1))

@@ -105,3 +105,17 @@ def _variant(
         if kind != "constexpr" and (kind.startswith("*") or n.startswith("stride_") or n in sizes)
     )  # fmt: skip
     return Variant(kernel, signature, constants, aligned, label)
+
+
+def with_ones(variant: Variant) -> Variant:
+    """The variant in which every size is 1, which a launch compiles as a constant of its own."""
+    ones = {
+        name: 1
+        for name, kind in variant.signature.items()
+        if kind == "i32" and not name.startswith("stride_")
+    }
+    return variant._replace(
+        signature=variant.signature | dict.fromkeys(ones, "constexpr"),
+        constants=variant.constants | ones,
+        aligned=variant.aligned - set(ones),
+    )

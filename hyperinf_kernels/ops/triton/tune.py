@@ -32,7 +32,7 @@ LEAST_TENSOR_ROWS = 16
 REPEATS, INNER = 7, 20
 # the problems that are timed
 DEVICE = torch.device("cuda")
-BATCH, SIDE, DEPTH, COLUMNS, SAMPLES, TOKENS = 2048, 2048, 32768, 16384, 256, 128
+BATCH, SIDE, DEPTH, COLUMNS, SAMPLES, TOKENS, STREAMS = 2048, 2048, 32768, 16384, 256, 128, 64
 
 
 def candidates(row: Config) -> Iterator[Config]:
@@ -120,7 +120,7 @@ def problem(row: Config) -> Callable[[], object]:
         return lambda: sherman_morrison(V, G, lam)
     if row.kernel == "topk":
         k = row.up_to or LARGEST_K
-        keys, scores = topk_empty(64, k, DEVICE), random(64, DEPTH // 8)
+        keys, scores = topk_empty(STREAMS, k, DEVICE), random(STREAMS, DEPTH // 8)
         return lambda: topk_merge_(keys, scores, k, 0, False)
     delta, act = (random(SAMPLES, TOKENS, n, dtype=kind) for n in (16, COLUMNS // 4))
     if row.kernel == "per_sample":
