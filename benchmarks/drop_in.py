@@ -38,7 +38,9 @@ def main() -> None:
             )
             rows.append(row)
         if not quick:
-            print("  ", registry.write(f"drop-in-{name}", rows), plots.draw(f"drop-in-{name}", rows))
+            print(
+                "  ", registry.write(f"drop-in-{name}", rows), plots.draw(f"drop-in-{name}", rows)
+            )
 
 
 if __name__ == "__main__":

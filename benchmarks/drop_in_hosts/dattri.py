@@ -33,7 +33,10 @@ def measure(quick: bool) -> Iterator[Measurement]:
         return nn.functional.cross_entropy(torch.func.functional_call(model, params, (x,)), y)
 
     data = TensorDataset(torch.randn(n + m, width), torch.randint(0, 4, (n + m,)))
-    parts = (torch.utils.data.Subset(data, range(n)), torch.utils.data.Subset(data, range(n, n + m)))
+    parts = (
+        torch.utils.data.Subset(data, range(n)),
+        torch.utils.data.Subset(data, range(n, n + m)),
+    )
     train, test = (DataLoader(part, 32) for part in parts)
     found: dict[str, tuple[float, float, Tensor]] = {}
 
@@ -59,7 +62,9 @@ def measure(quick: bool) -> Iterator[Measurement]:
             name = "drop-in" if fast else "stock"
             seconds["attribute"][name].append(found[name][0])
             seconds["cache and attribute"][name].append(found[name][1])
-    gap = float((found["drop-in"][2] - found["stock"][2]).abs().max() / found["stock"][2].abs().max())
+    gap = float(
+        (found["drop-in"][2] - found["stock"][2]).abs().max() / found["stock"][2].abs().max()
+    )
     for stage, times in seconds.items():
         yield from measurements(f"{case}: {stage}", times, "stock", {"drop-in": gap})
 

@@ -1,4 +1,4 @@
-"""IFEngine and IFEngineGeneration against the released loops, restated in `benchmarks.published`."""
+"""IFEngine and IFEngineGeneration against the released loops, restated in `published`."""
 
 from __future__ import annotations
 

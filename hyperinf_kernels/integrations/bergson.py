@@ -97,9 +97,7 @@ def inversion_config() -> InversionConfig:
 class HyperINFPreconditioner:
     """bergson's Preconditioner protocol: `apply({module: (n, O I)})` -> H^power of each row."""
 
-    def __init__(
-        self, solver: HyperINF, power: float = -1.0, module: Rename = module_of
-    ) -> None:
+    def __init__(self, solver: HyperINF, power: float = -1.0, module: Rename = module_of) -> None:
         self.factors: dict[str, EigenFactors] = {
             module(name): found for name, found in eigen_factors(solver).items()
         }

@@ -94,9 +94,7 @@ class InfluenceAttributor(BaseInnerProductAttributor):
         if self.loss_reduction == "sum":
             return train_rep
         scale = train_rep.batch_size
-        return train_rep.map_layers(
-            lambda name, value, kind: ops.materialize(value, kind) * scale
-        )
+        return train_rep.map_layers(lambda name, value, kind: ops.materialize(value, kind) * scale)
 
     def report(self) -> list[BlockReport]:
         """One entry per layer, of the last pass."""

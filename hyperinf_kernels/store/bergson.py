@@ -1,4 +1,4 @@
-"""bergson's gradient store: one row per sample in gradients.bin, modules side by side, info.json."""
+"""bergson's gradient store: gradients.bin, a row per sample with modules side by side; info.json."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ def read(
     widths = dict(info["grad_sizes"])
     for name, shape in (shapes or {}).items():
         if name not in widths or shape[0] * shape[1] != widths[name]:
-            raise InputError(f"module {name}: {tuple(shape)} does not fit {widths.get(name)} numbers")
+            raise InputError(
+                f"module {name}: {tuple(shape)} does not fit {widths.get(name)} numbers"
+            )
     n, width = int(info["num_grads"]), sum(widths.values())
     path = folder / "gradients.bin"
     expected = n * width * dtype.itemsize
@@ -59,10 +61,13 @@ def read(
             part = part.view(torch.bfloat16)
         part = part if part.dtype == torch.float64 else part.float()
         columns = part.split(list(widths.values()), 1)
-        yield list(range(start, start + len(part))), {
-            name: grad.reshape(len(part), *(shapes[name] if shapes else (1, -1)))
-            for (name, _), grad in zip(widths.items(), columns, strict=True)
-        }
+        yield (
+            list(range(start, start + len(part))),
+            {
+                name: grad.reshape(len(part), *(shapes[name] if shapes else (1, -1)))
+                for (name, _), grad in zip(widths.items(), columns, strict=True)
+            },
+        )
 
 
 def write(folder: str | Path, batches: Iterable[Mapping[str, Tensor]]) -> int:

@@ -83,9 +83,7 @@ class Case:
 
     def influence(self, method: str, damping: oracle.Damping | None = None) -> Tensor:
         """(query, train) in our sign, from the fp64 oracle."""
-        values = oracle.influence(
-            self.blocks(self.train), self.blocks(self.query), method, damping
-        )
+        values = oracle.influence(self.blocks(self.train), self.blocks(self.query), method, damping)
         return torch.from_numpy(values)
 
 

@@ -63,7 +63,9 @@ def fitted(folder: Path, solver: object, shapes: dict[str, tuple[int, int]]) -> 
     return solver.fit()
 
 
-def open_attributor(folder: Path, hessian: Path | str | None = None, **options: object) -> Attributor:
+def open_attributor(
+    folder: Path, hessian: Path | str | None = None, **options: object
+) -> Attributor:
     return Attributor(
         folder, device="cpu", dtype=torch.float32, hessian_path=hessian,
         inversion_cfg=hkb.inversion_config(), **options,
@@ -126,7 +128,7 @@ def test_a_projected_store_is_preconditioned_by_its_own_dense_route(tmp_path: Pa
                                      {m: g[9:] for m, g in train.items()}])  # fmt: skip
     processor = GradientProcessor(projection_dim=p, projection_seed=3)
     processor.save(tmp_path / "index")
-    solver = fitted(tmp_path / "index", HyperINF(), {m: (p, p) for m in train})
+    solver = fitted(tmp_path / "index", HyperINF(), dict.fromkeys(train, (p, p)))
     hessian = hkb.write_dense_hessian(tmp_path / "hessian", solver, processor)
     found = scores(open_attributor(tmp_path / "index", hessian), query, n)
     square = [{m: g.reshape(-1, p, p).float() for m, g in part.items()} for part in (train, query)]

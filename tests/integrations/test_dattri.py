@@ -1,4 +1,4 @@
-"""dattri 0.3.0: our attributors, the accelerated DataInf, LoGra's inverse, and dattri's own errors."""
+"""dattri 0.3.0: our attributors, the accelerated DataInf, LoGra's inverse, dattri's own errors."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import nn
 
 pytest.importorskip("dattri", reason="run `make test-integrations`")
 
-from dattri.algorithm.logra import LoGraAttributor
 from dattri.algorithm.influence_function import IFAttributorDataInf
+from dattri.algorithm.logra import LoGraAttributor
 from dattri.task import AttributionTask
 
 from hyperinf_kernels import AbsoluteDamping, InputError
@@ -45,9 +45,7 @@ def datainf_by_layer(case: Case, lam: float) -> torch.Tensor:
     train, query = case.raw(case.train), case.raw(case.query)
     total = 0.0
     for names in layers(case).values():
-        P, V = (
-            np.concatenate([g[n].flatten(1).numpy() for n in names], 1) for g in (train, query)
-        )
+        P, V = (np.concatenate([g[n].flatten(1).numpy() for n in names], 1) for g in (train, query))
         total = total + P @ oracle.datainf(V, P, lam).T
     return torch.from_numpy(np.asarray(total))
 

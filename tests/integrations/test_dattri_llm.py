@@ -68,7 +68,7 @@ def expected(case: Case, method: str) -> Tensor:
 
 
 def config(case: Case) -> HookManagerConfig:
-    return HookManagerConfig(hook_types={name: "linear_io" for name in layers(case, case.query)})
+    return HookManagerConfig(hook_types=dict.fromkeys(layers(case, case.query), "linear_io"))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -76,9 +76,7 @@ def config(case: Case) -> HookManagerConfig:
 def test_stored_gradients_give_the_oracles_scores(name: str, method: str, tmp_path: Path) -> None:
     case = CASES[name]()
     attributor = hkd.InfluenceAttributor(arguments(tmp_path), method, task=task(case))
-    [(train, test)] = attributor.cache(
-        Rows(case.train), Rows(case.query), hook_config=config(case)
-    )
+    [(train, test)] = attributor.cache(Rows(case.train), Rows(case.query), hook_config=config(case))
     fresh = hkd.InfluenceAttributor(arguments(tmp_path / "scores"), method)
     score = fresh.attribute_from_cache(train, test)
     assert relative_error(score.scores, expected(case, method)) < 1e-6
@@ -101,9 +99,7 @@ def test_live_passes_need_gradients_that_can_be_read_twice(tmp_path: Path) -> No
     case = CASES["lora transformer"]()
     attributor = hkd.HyperINFAttributor(arguments(tmp_path), task=task(case))
     data = Rows(case.train), Rows(case.query)
-    score = attributor.attribute(
-        *data, hook_config=config(case), gradient_cache_residency="memory"
-    )
+    score = attributor.attribute(*data, hook_config=config(case), gradient_cache_residency="memory")
     assert relative_error(score.scores, expected(case, "hyperinf")) < 1e-6
 
 

@@ -41,9 +41,7 @@ def flat(case: Case, method: str, lam: float) -> Tensor:
         {"all": torch.cat([g.flatten(1) for g in case.raw(part).values()], 1)[:, None]}
         for part in (case.train, case.query)
     )
-    return -torch.from_numpy(
-        oracle.influence(train, query, method, oracle.Damping(absolute=lam))
-    )
+    return -torch.from_numpy(oracle.influence(train, query, method, oracle.Damping(absolute=lam)))
 
 
 def whole(model: Any, case: Case) -> Tensor:
