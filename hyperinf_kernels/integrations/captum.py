@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..solvers import DEFAULT_DAMPING, BlockReport, Damping, HyperINF
+from ..solvers import BlockReport, Damping, HyperINF
+from ..solvers.damping import DEFAULT_DAMPING
 from .conventions import HOSTS
 from .factors import EigenFactors, eigen_factors
 from .imports import require

@@ -1,10 +1,11 @@
-"""bergson's gradient store: gradients.bin, a row per sample with modules side by side; info.json."""
+"""bergson's gradient store: gradients.bin, a row per sample, modules side by side; info.json."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -102,7 +103,7 @@ def write(folder: str | Path, batches: Iterable[Mapping[str, Tensor]]) -> int:
     return n
 
 
-def _info(folder: Path) -> dict[str, object] | dict[str, dict[str, int]]:
+def _info(folder: Path) -> dict[str, Any]:
     path = folder / "info.json"
     if not path.exists():
         raise InputError(f"{folder} is no bergson gradient store: it has no info.json")
