@@ -1,8 +1,9 @@
-"""kronfluence's pairwise scoring on its own EK-FAC factors and on ours: what a solver can change."""
+"""kronfluence's pairwise scoring on its own EK-FAC factors and on ours."""
 
 from __future__ import annotations
 
 import copy
+import itertools
 import tempfile
 import time
 from collections.abc import Iterator
@@ -37,7 +38,7 @@ def measure(quick: bool) -> Iterator[Measurement]:
     torch.manual_seed(0)
     sizes = (width, width, width, 10)
     layers: list[nn.Module] = []
-    for i, o in zip(sizes, sizes[1:], strict=False):
+    for i, o in itertools.pairwise(sizes):
         layers += [nn.Linear(i, o, bias=False), nn.Tanh()]
     model = nn.Sequential(*layers[:-1])
     names = [name for name, _ in model.named_parameters()]
