@@ -23,11 +23,13 @@ test-cuda-build: .venv-test/ready .venv-cuda/ready
 	.venv-test/bin/python -m tests.installs cuda --python .venv-cuda/bin/python
 
 ## Every adapter against the real library, in two environments (they exclude each other)
-INTEGRATIONS := tests/integrations -m "" -p no:cacheprovider
 test-integrations: .venv-integrations/ready .venv-integrations-numpy2/ready
-	.venv-integrations/bin/python -m pytest $(INTEGRATIONS) --ignore=tests/integrations/test_bergson.py
+	.venv-integrations/bin/python -m pytest tests/integrations \
+		--deselect "tests/integrations/test_examples.py::test_example[bergson_hessian]" \
+		--ignore tests/integrations/test_bergson.py
 	.venv-integrations-numpy2/bin/python -m pytest tests/integrations/test_bergson.py \
-		tests/integrations/test_captum.py -p no:cacheprovider
+		tests/integrations/test_captum.py \
+		"tests/integrations/test_examples.py::test_example[bergson_hessian]"
 
 ## Formatting, style and types
 lint: .venv-test/ready

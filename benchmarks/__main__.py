@@ -11,7 +11,6 @@ from . import datainf as datainf
 from . import exact as exact
 from . import gpu as gpu
 from . import hooks as hooks
-from . import hooks as hooks
 from . import job as job
 from . import native as native
 from . import plots, registry

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -77,6 +78,31 @@ def hyperinf_products(
         for _ in range(iterations):
             X = X @ (2 * torch.eye(size) - A @ X)
         products[name] = v @ X
+    return products
+
+
+def hyperinf_products_numpy(
+    train: list[Sample], query: Sample, iterations: int = 30, start: float = 5e-5,
+    extra: float = 1e-3,
+) -> Sample:  # fmt: skip
+    """The same as the repository's first file has it: fp64 steps, and a third product to stop.
+
+    The norm it looks at leaves out the 0.001, so it never stops; C is still summed in fp32.
+    """
+    products = {}
+    for name, v in query.items():
+        size = v.shape[1]
+        C = torch.zeros(size, size)
+        for sample in train:
+            C += sample[name].T @ sample[name] / len(train)
+        undamped = C.numpy() + damping(train, name) * np.eye(size)
+        A = undamped + extra * np.eye(size)
+        X = start * np.eye(size)
+        for _ in range(iterations):
+            X = X @ (2 * np.eye(size) - A @ X)
+            if np.linalg.norm(np.eye(size) - undamped @ X) < 1e-6:
+                break
+        products[name] = v @ torch.from_numpy(X).float()
     return products
 
 

@@ -20,8 +20,8 @@ from pydvl.influence.torch.util import NestedTorchCatAggregator  # isort: skip
 
 
 def measure(quick: bool) -> Iterator[Measurement]:
-    """Fit on 512 samples, score 64 queries in batches of 8 against them, three blocks."""
-    n, m, width, hidden = (64, 16, 12, 8) if quick else (512, 64, 100, 98)
+    """Fit on 256 samples, score 32 queries in batches of 8 against them, three blocks."""
+    n, m, width, hidden = (64, 16, 12, 8) if quick else (256, 32, 60, 64)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, 32), nn.Tanh(),
                           nn.Linear(32, 4))  # fmt: skip

@@ -1,4 +1,4 @@
-"""IFEngine and IFEngineGeneration against the released loops, restated in `benchmarks.published`."""
+"""IFEngine and IFEngineGeneration against the released loops, restated in `published`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def measure(quick: bool) -> Iterator[Measurement]:
     mean = published.mean_sample(query)
     for method, key, products, repeats in (
         ("DataInf", "datainf", published.datainf_products, 7),
-        ("HyperINF", "iterative", published.hyperinf_products, 3),
+        ("HyperINF, influence.py", "iterative", published.hyperinf_products_numpy, 3),
+        ("HyperINF, influence_optimized.py", "iterative", published.hyperinf_products, 3),
     ):
         stock = _interleaved(
             repeats,

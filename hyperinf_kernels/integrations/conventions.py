@@ -118,7 +118,8 @@ HOSTS: dict[str, Convention] = {
         "fp32 memmap on disk",
     ),
     "kronfluence": Convention(
-        "helps", "query_major", "mean", "sum of tokens", "absolute 1e-8; None: 0.1 x mean eigenvalue",
+        "helps", "query_major", "mean", "sum of tokens",
+        "absolute 1e-8; None: 0.1 x mean eigenvalue",
         "safetensors",
     ),
     "captum": Convention(

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..ops import gram_accumulate_, sherman_morrison, spd_inverse
-from ..solvers import DEFAULT_DAMPING, BlockReport, Damping, Solver, make_solver
+from ..solvers import BlockReport, Damping, Solver, make_solver
+from ..solvers.damping import DEFAULT_DAMPING
 from .conventions import HOSTS
 from .imports import require
 from .layout import Layout

@@ -125,7 +125,8 @@ class HyperInfInfluence(SolverInfluence):
 
     def __init__(self, model: nn.Module, loss: Any,
                  regularization: Rule | Mapping[str, Rule] = None,
-                 block_structure: Any = BlockMode.PARAMETER_WISE, **options: Any) -> None:  # fmt: skip
+                 block_structure: Any = BlockMode.PARAMETER_WISE,
+                 **options: Any) -> None:  # fmt: skip
         super().__init__(model, loss, "hyperinf", regularization, block_structure, **options)
 
 

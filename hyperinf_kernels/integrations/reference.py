@@ -99,7 +99,7 @@ class _Gradients:
     def _solved(self, method: str, solver: Solver, queries: Blocks) -> Blocks:
         solver.update(self._train, copy=False)
         applied = solver.fit().apply(queries)
-        self.reports[self.keys[method] if method in self.keys else method] = solver.report()
+        self.reports[self.keys.get(method, method)] = solver.report()
         return applied
 
     def _queries(self) -> Blocks:

@@ -1,4 +1,4 @@
-"""bergson's gradient store: one row per sample in gradients.bin, modules side by side, info.json."""
+"""bergson's gradient store: gradients.bin, a row per sample, modules side by side; info.json."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""dattri 0.3.0: our attributors, the accelerated DataInf, LoGra's inverse, and dattri's own errors."""
+"""dattri 0.3.0: our attributors, the accelerated DataInf, LoGra's inverse, dattri's own errors."""
 
 from __future__ import annotations
 
