@@ -210,6 +210,20 @@ def test_both_sides_of_zero_gradients_under_absolute_damping_divide_by_it() -> N
         torch.testing.assert_close(W[name], V / 0.25)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"side": "rows", "inverse": "dual"},
+        {"side": "both", "inverse": "schulz"},
+        {"side": "both", "mode": "paper"},
+    ],
+    ids=str,
+)
+def test_routes_that_a_side_does_not_have_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"side='{options['side']}' has no"):
+        hk.HyperINF(**options)
+
+
 # --- redamp, merge, half, self-influence, saving --------------------------------------------------
 
 KINDS: list[Any] = [

@@ -58,9 +58,7 @@ class HyperINF(Solver):
     """
 
     method = "hyperinf"
-    option_names = (
-        "side", "mode", "inverse", "tol", "iterations", "start", "extra_damping",
-    )  # fmt: skip
+    option_names = ("side", "mode", "inverse", "tol", "iterations", "start", "extra_damping")
 
     def __init__(
         self,
@@ -86,10 +84,10 @@ class HyperINF(Solver):
                 "iterations must be at least 1, start positive and extra_damping not negative, "
                 f"got {iterations}, {start}, {extra_damping}"
             )
-        if side != "cols" and inverse == "dual":
-            raise ValueError(f"inverse='dual' is for side='cols', got side={side!r}")
-        if side == "both" and (mode == "paper" or inverse not in ("auto", "direct")):
-            raise ValueError("side='both' has mode='converged' and inverse='direct' only")
+        if (side == "rows" and inverse == "dual") or (
+            side == "both" and (mode == "paper" or inverse not in ("auto", "direct"))
+        ):
+            raise ValueError(f"side={side!r} has no mode={mode!r} with inverse={inverse!r}")
         self.side, self.mode, self.inverse, self.tol = side, mode, inverse, tol
         self.iterations, self.start, self.extra_damping = iterations, start, extra_damping
         super().__init__(damping)
