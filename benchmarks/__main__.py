@@ -7,17 +7,23 @@ import sys
 from . import hooks as hooks  # registers itself
 from . import job as job
 from . import native as native
+from . import native_inverses as native_inverses
+from . import native_per_sample as native_per_sample
 from . import plots, registry
 
 
 def main() -> None:
-    """Run the benchmarks named on the command line, all of them by default."""
+    """Run the benchmarks named on the command line, all of them by default.
+
+    A name also stands for those that begin with it: `native` for `native-sums` and the others.
+    """
     words = sys.argv[1:]
     quick = "--quick" in words
-    names = [word for word in words if not word.startswith("--")] or list(registry.BENCHMARKS)
-    for name in names:
-        if name not in registry.BENCHMARKS:
-            sys.exit(f"unknown benchmark {name!r}; known: {', '.join(registry.BENCHMARKS)}")
+    asked = [word for word in words if not word.startswith("--")] or list(registry.BENCHMARKS)
+    for word in asked:
+        if not _named(word):
+            sys.exit(f"unknown benchmark {word!r}; known: {', '.join(registry.BENCHMARKS)}")
+    for name in dict.fromkeys(found for word in asked for found in _named(word)):
         rows = []
         print(f"\n{name}")
         for row in registry.BENCHMARKS[name](quick):
@@ -30,6 +36,10 @@ def main() -> None:
             )
             rows.append(row)
         print("  ", registry.write(name, rows), plots.draw(name, rows))
+
+
+def _named(word: str) -> list[str]:
+    return [name for name in registry.BENCHMARKS if name == word or name.startswith(f"{word}-")]
 
 
 if __name__ == "__main__":
