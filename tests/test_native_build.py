@@ -116,9 +116,7 @@ def test_portable_code_is_always_there_and_an_unknown_set_is_refused(
 ) -> None:
     assert ISAS[-1] == "portable"
     monkeypatch.setenv("HYPERINF_CPU_ISA", "sse9")
-    with pytest.raises(
-        RuntimeError, match="HYPERINF_CPU_ISA=sse9 is not one of avx512bf16, "
-    ):
+    with pytest.raises(RuntimeError, match="HYPERINF_CPU_ISA=sse9 is not one of avx512bf16, "):
         hk.sherman_morrison(torch.ones(2, 3), torch.ones(4, 3), 0.5)
 
 
