@@ -13,19 +13,25 @@ from . import gpu as gpu
 from . import hooks as hooks
 from . import job as job
 from . import native as native
+from . import native_inverses as native_inverses
+from . import native_per_sample as native_per_sample
 from . import plots, registry
 from . import roberta as roberta
 
 
 def main() -> None:
-    """Run the benchmarks named on the command line, by default all that this machine can."""
+    """Run the benchmarks named on the command line, by default all that this machine can.
+
+    A name also stands for those that begin with it: `native` for `native-sums` and the others.
+    """
     words = sys.argv[1:]
     quick = "--quick" in words
     possible = [name for name in registry.BENCHMARKS if name != "gpu" or torch.cuda.is_available()]
-    names = [word for word in words if not word.startswith("--")] or possible
-    for name in names:
-        if name not in registry.BENCHMARKS:
-            sys.exit(f"unknown benchmark {name!r}; known: {', '.join(registry.BENCHMARKS)}")
+    asked = [word for word in words if not word.startswith("--")] or possible
+    for word in asked:
+        if not _named(word):
+            sys.exit(f"unknown benchmark {word!r}; known: {', '.join(registry.BENCHMARKS)}")
+    for name in dict.fromkeys(found for word in asked for found in _named(word)):
         rows = []
         print(f"\n{name}")
         for row in registry.BENCHMARKS[name](quick):
@@ -38,6 +44,10 @@ def main() -> None:
             )
             rows.append(row)
         print("  ", registry.write(name, rows), plots.draw(name, rows))
+
+
+def _named(word: str) -> list[str]:
+    return [name for name in registry.BENCHMARKS if name == word or name.startswith(f"{word}-")]
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import hyperinf_kernels as hk
+from benchmarks.memory import peak_memory
 from tests.native_cases import needs_kernels, on_cpu_kernels, random, shifted, threads, worst
 from tests.oracle import Array
 
@@ -214,3 +215,21 @@ def test_mixed_dtypes_are_widened_and_others_stay_in_torch_with_the_reason() -> 
         plan = hk.explain("per_sample_norm_sq", delta.to(other), act)
         assert plan.backend == "torch"
         assert str(other).removeprefix("torch.") in plan.reason
+
+
+def test_nothing_of_the_size_of_all_gradients_is_allocated() -> None:
+    delta, act = factors(48, (4, 512, 512))
+    V = random(2, 512, 512)
+    everything = 48 * 512 * 512 * 4
+    runs: dict[str, Callable[[], object]] = {
+        "grad": lambda: OP.per_sample_grad(delta, act),
+        "norm": lambda: OP.per_sample_norm_sq(delta, act, False),
+        "ghost norm": lambda: OP.per_sample_norm_sq(delta, act, True),
+        "dot": lambda: OP.per_sample_dot(delta, act, V),
+        "pairs": lambda: OP.pairwise_dot(delta, act, delta, act, False),
+        "ghost pairs": lambda: OP.pairwise_dot(delta, act, delta, act, True),
+    }
+    used = {name: peak_memory(call) for name, call in runs.items()}
+    # the op that returns them all shows that the measure sees them
+    assert used.pop("grad") > 0.9 * everything
+    assert max(used.values()) < everything / 2, used

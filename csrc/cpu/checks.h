@@ -1,10 +1,12 @@
 // Argument checks of the bindings; each error names the argument.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <exception>
 #include <initializer_list>
 #include <utility>
 
@@ -43,6 +45,18 @@ inline int64_t checked_product(const char* name, std::initializer_list<int64_t> 
   for (const int64_t size : sizes)
     STD_TORCH_CHECK(!__builtin_mul_overflow(product, size, &product), name, " is too large");
   return product;
+}
+
+// An uninitialised result, or an error that says which argument made it too large.
+inline torch::stable::Tensor new_output(
+    const char* cause, const torch::stable::Tensor& like, std::initializer_list<int64_t> sizes,
+    torch::headeronly::ScalarType type = torch::headeronly::ScalarType::Float) {
+  checked_product(cause, sizes);
+  try {
+    return torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, type);
+  } catch (const std::exception&) {
+    STD_TORCH_CHECK(false, cause, ": no memory for the result");
+  }
 }
 
 // First and last byte of a tensor; the two are equal for an empty one.

@@ -68,8 +68,7 @@ void from_tokens(const Gradients& a, const Gradients& b, float* out) {
 
 // One block of features of every gradient, flattened: (b, 1, rows * cols).
 Tensor block_of(const Gradients& g, const Gradients::Tile& at, const Tensor& like) {
-  const int64_t shape[] = {1, g.batch, at.rows * at.cols};
-  Tensor out = torch::stable::new_empty(like, shape, torch::headeronly::ScalarType::Float);
+  Tensor out = new_output("act", like, {1, g.batch, at.rows * at.cols});
   float* const to = static_cast<float*>(out.mutable_data_ptr());
   const int64_t workers = worker_count(g.batch);
   const auto scratch = aligned_floats(workers * g.scratch());
@@ -110,10 +109,7 @@ Tensor pairwise_dot(const Tensor& delta1, const Tensor& act1, const Tensor& delt
   STD_TORCH_CHECK(a.rows == b.rows, "delta1 and delta2 must have one number of features");
   STD_TORCH_CHECK(a.cols == b.cols, "act1 and act2 must have one number of features");
   STD_TORCH_CHECK(a.type == b.type, "delta1 and delta2 must have one dtype");
-  checked_product("delta1 and delta2: their pairs",
-                  {std::max<int64_t>(1, a.batch), std::max<int64_t>(1, b.batch), 8});
-  const int64_t shape[] = {1, a.batch, b.batch}, square[] = {a.batch, b.batch};
-  Tensor out = torch::stable::new_empty(act1, shape, torch::headeronly::ScalarType::Float);
+  Tensor out = new_output("delta1 and delta2", act1, {1, a.batch, b.batch});
   float* const result = static_cast<float*>(out.mutable_data_ptr());
   std::fill(result, result + a.batch * b.batch, 0.0f);
   const bool empty =
@@ -124,6 +120,7 @@ Tensor pairwise_dot(const Tensor& delta1, const Tensor& act1, const Tensor& delt
     from_tokens(a, b, result);
   else if (!empty)
     from_blocks(a, b, same, act1, out);
+  const int64_t square[] = {a.batch, b.batch};
   return torch::stable::view(out, square);
 }
 

@@ -1,7 +1,6 @@
 // hyperinf::per_sample_grad, _norm_sq and _dot on CPU. A gradient that is only reduced exists one
 // tile at a time, in the cache of the thread that reduces it.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstring>
@@ -18,16 +17,9 @@ namespace {
 
 void clear(float* out, int64_t count) { std::fill(out, out + count, 0.0f); }
 
-void check_output(const char* name, const Gradients& g) {
-  checked_product(name, {std::max<int64_t>(1, g.batch), std::max<int64_t>(1, g.rows),
-                         std::max<int64_t>(1, g.cols), 4});
-}
-
 Tensor per_sample_grad(const Tensor& delta, const Tensor& act) {
   const Gradients g("delta", delta, "act", act);
-  check_output("delta and act: their gradient", g);
-  const int64_t shape[] = {g.batch, g.rows, g.cols};
-  Tensor out = torch::stable::new_empty(act, shape, torch::headeronly::ScalarType::Float);
+  Tensor out = new_output("delta and act", act, {g.batch, g.rows, g.cols});
   if (g.batch == 0 || g.rows == 0 || g.cols == 0) return out;
   float* const result = static_cast<float*>(out.mutable_data_ptr());
   if (g.tokens == 0) return clear(result, g.batch * g.rows * g.cols), out;
@@ -79,8 +71,7 @@ double ghost_norm(const Gradients& g, int64_t sample, float* tiles, float* panel
 
 Tensor per_sample_norm_sq(const Tensor& delta, const Tensor& act, bool ghost) {
   const Gradients g("delta", delta, "act", act);
-  const int64_t shape[] = {g.batch};
-  Tensor out = torch::stable::new_empty(act, shape, torch::headeronly::ScalarType::Float);
+  Tensor out = new_output("act", act, {g.batch});
   float* const result = static_cast<float*>(out.mutable_data_ptr());
   clear(result, g.batch);
   if (g.batch == 0 || g.rows == 0 || g.cols == 0 || g.tokens == 0) return out;
@@ -123,13 +114,11 @@ Tensor per_sample_dot(const Tensor& delta, const Tensor& act, const Tensor& V) {
   check_dims("V", V, 3);
   check_contiguous_float("V", V);
   STD_TORCH_CHECK(V.size(1) == g.rows && V.size(2) == g.cols, "V must be (m, O, I)");
-  const int64_t count = V.size(0), shape[] = {g.batch, count};
-  checked_product("delta and V: their product",
-                  {std::max<int64_t>(1, g.batch), std::max<int64_t>(1, count),
-                   std::max<int64_t>(1, g.tiles()), 8});
-  Tensor out = torch::stable::new_empty(act, shape, torch::headeronly::ScalarType::Float);
+  const int64_t count = V.size(0);
+  Tensor out = new_output("delta and V", act, {g.batch, count});
+  checked_product("delta and V", {std::max<int64_t>(1, g.batch * count), g.tiles(), 8});
   float* const result = static_cast<float*>(out.mutable_data_ptr());
-  if (g.batch * count == 0) return out;
+  if (g.batch == 0 || count == 0) return out;
   clear(result, g.batch * count);
   if (g.rows == 0 || g.cols == 0 || g.tokens == 0) return out;
 

@@ -32,8 +32,7 @@ static Tensor schulz(const Tensor& A, const Tensor& start, const Tensor& coeffic
   for (const int64_t degree : degrees)
     STD_TORCH_CHECK(degree == 2 || degree == 3 || degree == 5 || degree == 9,
                     "degrees must be 2, 3, 5 or 9, got ", degree);
-  const int64_t shape[] = {batch, d, d};
-  Tensor X = torch::stable::new_empty(A, shape);
+  Tensor X = new_output("A", A, {batch, d, d});
   if (batch == 0 || d == 0) return X;
 
   const Kernels& table = kernels();

@@ -1,6 +1,8 @@
 // Scratch memory, aligned for every vector width.
 #pragma once
 
+#include <torch/headeronly/util/Exception.h>
+
 #include <cstdint>
 #include <memory>
 #include <new>
@@ -15,7 +17,8 @@ struct FreeAligned {
 
 template <class T>
 std::unique_ptr<T[], FreeAligned> aligned(int64_t count) {
-  void* p = ::operator new(static_cast<size_t>(count) * sizeof(T), kVectorAlignment);
+  void* p = ::operator new(static_cast<size_t>(count) * sizeof(T), kVectorAlignment, std::nothrow);
+  STD_TORCH_CHECK(p != nullptr, "no memory for ", count, " numbers of scratch");
   return std::unique_ptr<T[], FreeAligned>(static_cast<T*>(p));
 }
 

@@ -50,7 +50,7 @@ static Tensor sherman_morrison(const Tensor& V, const Tensor& G, const Tensor& d
   STD_TORCH_CHECK(columns <= 1 || G.stride(2) == 1,
                   "sherman_morrison: rows of G must have unit stride");
 
-  Tensor out = torch::stable::new_empty(V, V.sizes());
+  Tensor out = new_output("V", V, {batch, queries, columns});
   if (batch == 0 || queries == 0 || columns == 0) return out;
   const int64_t group = std::min(queries, kMaxQueries);
   const int64_t each = slab_rows(rows, group), slabs = (rows + each - 1) / each;

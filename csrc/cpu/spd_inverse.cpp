@@ -27,9 +27,8 @@ std::tuple<Tensor, Tensor> spd_inverse(const Tensor& A, bool check) {
   const int64_t batch = A.size(0), d = A.size(1);
   STD_TORCH_CHECK(A.size(2) == d, "A must hold square matrices, got ", d, " x ", A.size(2));
   STD_TORCH_CHECK(d <= kMaxSide, "A must be at most ", kMaxSide, " on a side, got ", d);
-  const int64_t shape[] = {batch, d, d}, count[] = {batch};
-  Tensor inverse = torch::stable::new_empty(A, shape);
-  Tensor info = torch::stable::new_empty(A, count, torch::headeronly::ScalarType::Int);
+  Tensor inverse = new_output("A", A, {batch, d, d});
+  Tensor info = new_output("A", A, {batch}, torch::headeronly::ScalarType::Int);
   if (batch == 0) return {inverse, info};
   STD_TORCH_CHECK(d <= 1 || A.stride(2) == 1, "rows of A must have unit stride");
 
