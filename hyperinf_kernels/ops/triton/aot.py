@@ -140,7 +140,7 @@ def _instructions(cubin: bytes, path: Path) -> dict[str, int]:
 
 
 def main() -> None:
-    """Print the table, or with --json one JSON list; `--markdown` for the documentation."""
+    """Print the table as text, as Markdown (--markdown) or as JSON (--json)."""
     if "--json" in sys.argv:
         print(json.dumps(table_rows()))
         return
@@ -183,4 +183,7 @@ def _markdown(found: Sequence[Mapping[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except RuntimeError as error:
+        sys.exit(str(error))
