@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from ..errors import InputError
@@ -152,8 +151,3 @@ def table() -> str:
         )  # fmt: skip
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
-
-
-def mean_query(queries: dict[str, Tensor]) -> dict[str, Tensor]:
-    """{block: (m, r, d)} -> {block: (1, r, d)}, the averaged query of both papers."""
-    return {name: torch.mean(grad, 0, keepdim=True) for name, grad in queries.items()}

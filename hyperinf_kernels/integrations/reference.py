@@ -17,19 +17,17 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..ops import gfim_accumulate_, gram_accumulate_, sherman_morrison
+from ..ops import gram_accumulate_
 from ..solvers import DataInf, DataInfDamping, Exact, HyperINF, LiSSA, Solver
 from .imports import require
+from .released import RELEASED
 
-__all__ = ["Engine", "GenerationEngine", "released_inverse"]
+__all__ = ["Engine", "GenerationEngine"]
 
 Sample = Mapping[str, Tensor]
 Samples = Mapping[int, Sample]
 Blocks = dict[str, Tensor]
 Mode = Literal["parity", "converged"]
-
-ITERATIONS, START, EXTRA = 30, 5e-5, 1e-3
-CHUNK = 256
 
 
 class _Gradients:
@@ -249,88 +247,6 @@ def _stacked(samples: Samples, what: str, device: torch.device | str | None) -> 
         whole = torch.stack([samples[i][name] for i in range(len(samples))])
         out[name] = (whole[:, None] if whole.ndim == 2 else whole.flatten(2)).to(device)
     return out
-
-
-def _norms_square(G: Tensor) -> Tensor:
-    """||g_i||^2 in fp64, (n,)."""
-    return torch.linalg.vector_norm(G.flatten(1), dim=1).double().square()
-
-
-def _lambda(G: Tensor, lambda_const_param: float) -> float:
-    """The mean squared gradient entry over `lambda_const_param`."""
-    return float(_norms_square(G).sum()) / G.numel() / lambda_const_param
-
-
-def _released_datainf(G: Tensor, V: Tensor, lambda_const_param: float) -> Tensor:
-    """mean_i (g_i g_i^T + lambda I)^-1 v, in the gradients' dtype."""
-    P, v = G.flatten(1), V.flatten(1)
-    squares = _norms_square(G)
-    lam = float(squares.sum()) / G.numel() / lambda_const_param
-    if len(v) > 1:
-        return sherman_morrison(v, P, lam).view_as(V)
-    # one query is two matrix-vector products, which torch runs at the speed of memory
-    weights = (P @ v[0]) / (lam + squares).to(P.dtype)
-    return ((v[0] - (weights @ P) / len(P)) / lam).view_as(V)
-
-
-def _released_schulz(G: Tensor, V: Tensor, lambda_const_param: float) -> Tensor:
-    """V X_30 with A = mean_i g_i^T g_i + (lambda + 0.001) I, C built in the gradients' dtype."""
-    size = G.shape[2]
-    C = torch.zeros(size, size, dtype=torch.float64, device=G.device)
-    part_sum = torch.empty(size, size, dtype=G.dtype, device=G.device)
-    for part in G.split(CHUNK):
-        # as released, products are in the gradients' dtype; only the sum of chunks is wider
-        C += gfim_accumulate_(part_sum.zero_(), part)
-    C /= len(G)
-    lam = _lambda(G, lambda_const_param) + EXTRA
-    C.diagonal().add_(lam)
-    W = released_inverse(C, V.double().flatten(0, 1), lam)
-    return W.view_as(V).to(V.dtype)
-
-
-def released_inverse(A: Tensor, V: Tensor, smallest: float) -> Tensor:
-    """V X_30 of the released Schulz iteration, in fp64 and in closed form.
-
-    X_k = (1 - (1 - 5e-5 mu)^(2^k)) / mu on the eigenvalues mu of A. Where every direction has
-    converged beyond fp64 that is A^-1, and one Cholesky gives it.
-
-    Args:
-        A: (d, d) symmetric positive definite. V: (m, d). smallest: a lower bound of A's spectrum.
-
-    Raises:
-        InputError: the largest eigenvalue is over 4e4, where the iteration diverges.
-    """
-    converged = START * 2.0**ITERATIONS * smallest > 45  # exp(-45) is below fp64 rounding
-    if converged and float(A.diagonal().sum()) * START < 1:
-        return torch.cholesky_solve(V.mT, torch.linalg.cholesky(A)).mT
-    mu, Q = torch.linalg.eigh(A)
-    if float(mu[-1]) * START >= 2:
-        raise InputError(
-            f"the released Schulz iteration diverges: the largest eigenvalue is {float(mu[-1]):.2e}"
-            f", its limit {2 / START:.0e}; use mode='converged'"
-        )
-    x = START * mu
-    # log1p keeps digits where x is small; beyond x = 1 the power of 1 - x is even
-    log = torch.where(x < 0.5, torch.log1p(-x.clamp(max=0.5)), (1 - x).abs().log())
-    gain = -torch.expm1(2.0**ITERATIONS * log) / mu
-    return (V @ Q * gain) @ Q.mT
-
-
-def _released_lissa(G: Tensor, V: Tensor, lambda_const_param: float) -> Tensor:
-    """Ten steps r <- v + r - (mean_i <g_i, r> g_i - lambda r): the damping's sign is released."""
-    P, v = G.flatten(1), V.flatten(1)
-    lam = _lambda(G, lambda_const_param)
-    r = v
-    for _ in range(10):
-        r = v + r - ((r @ P.mT) @ P / len(P) - lam * r)
-    return r.view_as(V)
-
-
-RELEASED: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
-    "datainf": _released_datainf,
-    "hyperinf": _released_schulz,
-    "lissa": _released_lissa,
-}
 
 
 def _save(run_id: int, **results: Any) -> None:

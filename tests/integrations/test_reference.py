@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hyperinf_kernels import InputError
 from hyperinf_kernels.integrations import datainf, hyperinf, hyperinf_optimized
-from hyperinf_kernels.integrations.reference import released_inverse
+from hyperinf_kernels.integrations.released import released_inverse
 from tests import oracle
 from tests.integrations import cases
 
