@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -156,7 +157,8 @@ class MeanOverTokens(nn.Module):
         return x.mean(1)
 
 
-def test_logra_runs_on_our_inverse() -> None:
+def test_logra_runs_on_our_inverse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # LoGra leaves batch_metadata.json where it runs
     torch.manual_seed(0)
     # LoGra applies cross-entropy to the model's output itself, and needs a token axis inside
     model = nn.Sequential(
