@@ -84,6 +84,21 @@ Tensor block_of(const Gradients& g, const Gradients::Tile& at, const Tensor& lik
   return out;
 }
 
+// out[p][q] += x_p . y_q, a piece at a time so that long sums keep their precision
+void add_pairs(const Gradients& g, const Tensor& x, const Tensor& y, const Tensor& out) {
+  constexpr int64_t piece = 1024;
+  const int64_t size = x.size(2), across = y.size(1), whole = size / piece;
+  const auto* left = static_cast<const float*>(x.const_data_ptr());
+  const auto* right = static_cast<const float*>(y.const_data_ptr());
+  auto* sums = static_cast<float*>(out.mutable_data_ptr());
+  for_each_item(x.size(1) * across, [&](int64_t i, int64_t) {
+    const float *p = left + i / across * size, *q = right + i % across * size;
+    const int64_t done = whole * piece;
+    sums[i] += static_cast<float>(g.table.block_dot(p, piece, q, piece, whole, piece) +
+                                  g.table.block_dot(p + done, 0, q + done, 0, 1, size - done));
+  });
+}
+
 void from_blocks(Gradients& a, Gradients& b, bool same, const Tensor& like, const Tensor& out) {
   // both sets in equal tiles, small enough for all samples of both
   const int64_t wanted = kBlockFloats / (a.batch + b.batch);
@@ -93,9 +108,15 @@ void from_blocks(Gradients& a, Gradients& b, bool same, const Tensor& like, cons
         std::min(g->turned ? g->tile_cols : g->tile_rows, g->turned ? g->cols : g->rows);
     longest = std::clamp<int64_t>(wanted / across, 32, longest);
   }
+  // few pairs leave most of a product's register tile empty
+  const bool few = a.batch * b.batch <= 256;
   for (int64_t t = 0; t < a.tiles(); ++t) {
     const Tensor x = block_of(a, a.tile(t), like);
-    gram_accumulate_(out, x, same ? std::nullopt : std::optional(block_of(b, b.tile(t), like)), 1);
+    const Tensor y = same ? x : block_of(b, b.tile(t), like);
+    if (few)
+      add_pairs(a, x, y, out);
+    else
+      gram_accumulate_(out, x, same ? std::nullopt : std::optional(y), 1);
   }
 }
 
