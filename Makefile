@@ -66,11 +66,12 @@ CUDA_TORCH ?= torch==2.14.1
 	.venv-$*/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 
-# one torch for both; each has constraints of its own, because numpy 1 and 2 exclude each other
-.venv-integrations%/ready: requirements/integrations%.txt requirements/constraints-integrations%.txt
+# one torch for both; each has constraints of its own, because numpy 1 and 2 exclude each other. The
+# compiled kernels lie in this folder since .venv-test was made, and serve every torch
+.venv-integrations%/ready: requirements/integrations%.txt requirements/constraints-integrations%.txt .venv-test/ready
 	$(MAKE) integration-environment NAME=integrations$*
 
-.venv-integrations/ready: requirements/integrations.txt requirements/constraints-integrations.txt
+.venv-integrations/ready: requirements/integrations.txt requirements/constraints-integrations.txt .venv-test/ready
 	$(MAKE) integration-environment NAME=integrations
 
 .PHONY: integration-environment
@@ -80,6 +81,6 @@ integration-environment:
 		--constraint requirements/constraints-$(NAME).txt torch torchvision numpy setuptools wheel
 	.venv-$(NAME)/bin/pip install --quiet --disable-pip-version-check \
 		--constraint requirements/constraints-$(NAME).txt -r requirements/$(NAME).txt
-	.venv-$(NAME)/bin/pip install --quiet --disable-pip-version-check --no-deps \
-		--no-build-isolation -e .
+	HYPERINF_CPU=0 HYPERINF_CUDA=0 .venv-$(NAME)/bin/pip install --quiet --disable-pip-version-check \
+		--no-deps --no-build-isolation -e .
 	touch .venv-$(NAME)/ready
