@@ -103,7 +103,7 @@ def _inverse(d: int, batch: int, condition: float) -> Iterator[Measurement]:
         "torch.linalg.inv": lambda x: torch.linalg.inv(x["A"]),
         "torch, the same chain": lambda x: reference.schulz(x["A"], start, steps)[0],
     }
-    ours = KERNELS["schulz"]["triton"].run
+    ours = KERNELS["schulz_rounded"]["triton"].run
     for precision in precisions:
         name = OURS if precision == precisions[-1] else f"{OURS}, {precision}"
         providers[name] = lambda x, p=precision: ours(x["A"], start, steps, p)[0]

@@ -45,7 +45,7 @@ def test_a_compiler_that_fails_leaves_a_pure_python_build(tmp_path: Path) -> Non
     done = run("setup.py", "build_ext", *folders, CC="false", CXX="false", HYPERINF_CPU="auto")
     lines = [line for line in done.stderr.splitlines() if line.startswith("hyperinf_kernels:")]
     assert len(lines) == 1
-    assert "pure Python, compiling the CPU kernels failed" in lines[0]
+    assert "pure Python: compiling the CPU kernels failed" in lines[0]
     assert not list(tmp_path.rglob("*.so"))
 
 

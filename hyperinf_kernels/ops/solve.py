@@ -21,7 +21,8 @@ class SolveInfo:
     Attributes:
         method: "schulz" or "direct".
         backend: the backend of the dense products.
-        precision: the lowest arithmetic that really ran (asking for it is a permission).
+        precision: the lowest arithmetic that a chain ran in (asking for it is a permission; Triton's
+            kernels for d <= 32 multiply in fp32 all the same).
         products: dense d x d products, the certifying one included, of the costliest matrix.
         iterations: Schulz steps, or thin refinements added to them, of the same.
         residual: ||I - A X||_F / ||I||_F or ||V - W A||_F / ||V||_F, measured in fp64.
