@@ -21,8 +21,8 @@ class SolveInfo:
     Attributes:
         method: "schulz" or "direct".
         backend: the backend of the dense products.
-        precision: the lowest arithmetic that a chain ran in (asking for it is a permission; Triton's
-            kernels for d <= 32 multiply in fp32 all the same).
+        precision: the lowest arithmetic a chain ran in (asking is a permission; Triton's
+            kernels up to d = 32 multiply in fp32).
         products: dense d x d products, the certifying one included, of the costliest matrix.
         iterations: Schulz steps, or thin refinements added to them, of the same.
         residual: ||I - A X||_F / ||I||_F or ||V - W A||_F / ||V||_F, measured in fp64.
