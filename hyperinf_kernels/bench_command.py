@@ -1,4 +1,4 @@
-"""`hyperinf bench`: the rates behind every choice of a route, measured on this machine."""
+"""`hyperinf bench`: rates of this machine, the GPU kernels as compiled, their settings tuned."""
 
 import json
 from pathlib import Path
@@ -19,12 +19,30 @@ def bench(
         Path | None,
         typer.Option("--output", "-o", help="File to keep it in (HYPERINF_RATES to use it)."),
     ] = None,
+    aot: Annotated[
+        bool,
+        typer.Option(
+            "--aot",
+            help="Compile every Triton kernel for sm_80, sm_90 and sm_100, and "
+            "list it beside the CUDA kernels: registers, spills, shared memory.",
+        ),
+    ] = False,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Time settings of the Triton kernels on this GPU.")
+    ] = False,
+    write: Annotated[
+        bool, typer.Option("--write", help="With --tune: keep the best in the shipped table.")
+    ] = False,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:1.")] = "cpu",
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the result as one JSON document.")
     ] = False,
 ) -> None:
-    """Rates of dense algebra here, and which inverse they make cheaper."""
+    """Rates of dense algebra here, and which inverse they make cheaper; --aot or --tune instead."""
+    if calibrate + aot + tune > 1:
+        raise InputError("choose one of --calibrate, --aot and --tune")
+    if write and not tune:
+        raise InputError("--write goes with --tune")
     # only now: these import torch's linear algebra
     from .commands import check_device
     from .files import write_json
@@ -35,6 +53,16 @@ def bench(
     check_device(device)
     if output is not None and not calibrate:
         raise InputError("--output goes with --calibrate")
+    if tune:
+        from .ops.triton.tune import tune_here
+
+        tune_here(write)
+        return
+    if aot:
+        from .aot_table import show
+
+        show(as_json)
+        return
     path = None
     if calibrate:
         path = output or costs.rates_path()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from hyperinf_kernels.errors import InputError
 from hyperinf_kernels.ops.triton import configs, tune
 from hyperinf_kernels.ops.triton.configs import Config
 
@@ -52,5 +53,5 @@ def test_trial_rows_serve_only_inside_the_block() -> None:
 
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match="needs a CUDA device"):
-        tune.main()
+    with pytest.raises(InputError, match="needs a CUDA device"):
+        tune.tune_here(write=False)

@@ -13,6 +13,8 @@ import torch
 import transformers
 
 import hyperinf_kernels as hk
+from hyperinf_kernels.ops import native
+from hyperinf_kernels.ops.triton import aot
 
 from .command import (
     IDENTIFY,
@@ -108,3 +110,20 @@ def test_info(hyperinf: Command) -> None:
 )
 def test_every_command_has_help(hyperinf: Command, command: str) -> None:
     assert "--json" in done(hyperinf(f"{command} --help")).out
+
+
+def test_bench_lists_every_gpu_kernel_as_compiled(
+    hyperinf: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = {"kernel": "product", "arch": "sm_90", "config": {"precision": "tf32"}, "registers": 90,
+           "spill_bytes": 0, "shared_bytes": 4096, "compile_s": 0.5, "instructions": {}}  # fmt: skip
+    monkeypatch.setattr(aot, "rows", lambda: iter([row]))
+    monkeypatch.setattr(aot, "total", lambda: 1)
+    built = native.build_info()
+    compiled = [] if isinstance(built, str) else built["cuda_kernels"]
+    ran = done(hyperinf("bench --aot --json"))
+    kernels = json.loads(ran.out)["kernels"]
+    assert kernels[0] == {"backend": "triton", **row}
+    assert [entry["kernel"] for entry in kernels[1:]] == [entry["kernel"] for entry in compiled]
+    assert all(set(row) <= set(entry) for entry in kernels)
+    assert "product" in ran.err

@@ -65,9 +65,11 @@ def rows(
                 yield _compiled(config, change(variant), Path(cache))
 
 
-def table_rows() -> list[dict[str, Any]]:
-    """The whole table as plain values, what `hyperinf bench --aot --json` prints."""
-    return list(rows())
+def total() -> int:
+    """Compilations of the whole table. Needs Triton."""
+    from . import signatures
+
+    return sum(len(list(signatures.variants(config))) for config in table())
 
 
 def _compiled(config: Config, variant: Any, folder: Path) -> dict[str, Any]:
@@ -142,10 +144,10 @@ def _instructions(cubin: bytes, path: Path) -> dict[str, int]:
 def main() -> None:
     """Print the table as text, as Markdown (--markdown) or as JSON (--json)."""
     if "--json" in sys.argv:
-        print(json.dumps(table_rows()))
+        print(json.dumps(list(rows())))
         return
     if "--markdown" in sys.argv:
-        print(_markdown(table_rows()))
+        print(_markdown(list(rows())))
         return
     for row in rows():
         settings = " ".join(f"{k}={v}" for k, v in row["config"].items() if v is not None)

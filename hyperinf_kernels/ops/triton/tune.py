@@ -1,6 +1,6 @@
 """Times candidate configurations on the GPU at hand and rewrites its rows of configs.json.
 
-`python -m hyperinf_kernels.ops.triton.tune [--write]`. Offline only: nothing is tuned at run time.
+`hyperinf bench --tune [--write]`. Offline only: nothing is tuned at run time.
 A candidate that spills or exceeds the architecture's shared memory is never timed.
 """
 
@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import itertools
 import statistics
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from ...errors import InputError
 from . import aot, configs
 from .configs import Config
 
@@ -154,19 +154,21 @@ def seconds_on_gpu(others: Sequence[Config]) -> Callable[[Config], float]:
     return seconds
 
 
-def main() -> None:
-    """Tune the current GPU's rows; with --write replace them in configs.json."""
+def tune_here(write: bool) -> None:
+    """Tune the current GPU's rows, print the best, and with `write` replace them in configs.json.
+
+    Raises:
+        InputError: no CUDA device.
+    """
     if not torch.cuda.is_available():
-        sys.exit("tuning needs a CUDA device, and none is visible here; the table is left as it is")
+        raise InputError(
+            "tuning needs a CUDA device, and none is visible; the table stays as it is"
+        )
     arch = configs.rows_of(*torch.cuda.get_device_capability())
     rows = configs.shipped()
     mine = [row for row in rows if row.arch == arch]
     best = tuned(mine, lambda row: list(aot.rows([row])), seconds_on_gpu(rows))
-    if "--write" in sys.argv:
+    if write:
         chosen = {row[:4]: row for row in best}
         configs.write(tuple(chosen.get(row[:4], row) for row in rows))
         print(f"wrote {configs.PATH}; run the tests of the table before committing it")
-
-
-if __name__ == "__main__":
-    main()
