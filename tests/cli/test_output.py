@@ -115,8 +115,10 @@ def test_every_command_has_help(hyperinf: Command, command: str) -> None:
 def test_bench_lists_every_gpu_kernel_as_compiled(
     hyperinf: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    row = {"kernel": "product", "arch": "sm_90", "config": {"precision": "tf32"}, "registers": 90,
-           "spill_bytes": 0, "shared_bytes": 4096, "compile_s": 0.5, "instructions": {}}  # fmt: skip
+    row = {
+        "kernel": "product", "arch": "sm_90", "config": {"precision": "tf32"}, "registers": 90,
+        "spill_bytes": 0, "shared_bytes": 4096, "compile_s": 0.5, "instructions": {},
+    }  # fmt: skip
     monkeypatch.setattr(aot, "rows", lambda: iter([row]))
     monkeypatch.setattr(aot, "total", lambda: 1)
     built = native.build_info()
