@@ -40,7 +40,7 @@ def pyplot() -> Any:
         import matplotlib
     except ImportError:
         raise InputError(
-            "the figure needs matplotlib: pip install 'hyperinf_kernels[bench]'; or leave --output "
+            "the figure needs matplotlib: pip install 'hyperinf_kernels[cli]'; or leave --output "
             "out for the table alone"
         ) from None
     matplotlib.use("Agg")
