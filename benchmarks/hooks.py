@@ -68,14 +68,11 @@ def hooks(quick: bool) -> Iterator[Measurement]:
             "plain forward and backward": plain,
             "per-sample gradients and scores": collect_and_score,
         }
-        totals: dict[str, list[float]] = {name: [] for name in providers}
-        for _ in range(1 if quick else 2):
-            turns = [
-                interleaved({name: partial(run, part) for name, run in providers.items()}, 1)
-                for part in parts
-            ]
-            for name, seconds in totals.items():
-                seconds.append(sum(turn[name][0] for turn in turns))
+        turns = [
+            interleaved({name: partial(run, part) for name, run in providers.items()}, 1)
+            for part in parts
+        ]
+        totals = {name: [sum(turn[name][0] for turn in turns)] for name in providers}
         case = (
             f"{source}, {len(train_rows)} rows x {len(query_rows)} queries, loss on {kept} tokens"
         )

@@ -158,7 +158,7 @@ def test_a_figure_without_matplotlib_names_the_extra(
     folder = tmp_path / "out"
     code, _, err = hyperinf("converge", "--cell", "9,8", "--output", str(folder))
     assert code == 2
-    assert "hyperinf_kernels[bench]" in err
+    assert "hyperinf_kernels[cli]" in err
     assert not folder.exists()
     # the table needs none
     assert hyperinf("converge", "--cell", "9,8")[0] == 0
