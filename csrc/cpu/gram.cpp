@@ -126,7 +126,11 @@ template <class Acc>
 void accumulate(const Tensor& C, const Tensor& X, const Tensor& Y, RowType type, const Plan& plan,
                 double alpha) {
   const auto product = std::is_same_v<Acc, double> ? kernels().gram_tile64 : kernels().gram_tile;
-  const int64_t tiles = plan.batch * plan.tiles(), area = plan.side * plan.side;
+  const int64_t tiles = plan.batch * plan.tiles();
+  // no row below the last one is written, and a sum of few rows has many partial tiles
+  const int64_t groups = (plan.rows + kGramRowGroup - 1) / kGramRowGroup;
+  const int64_t tall = std::min(plan.side, groups * kGramRowGroup);
+  const int64_t area = tall * plan.side;
   const int64_t items = plan.chunks_apart ? tiles * plan.chunks : tiles,
                 workers = worker_count(items);
   const auto panels = aligned<Acc>(workers * kGramPanels<Acc>);

@@ -39,6 +39,7 @@ struct GramArgs {
   void* tile;     // (kGramTile, kGramTile) floats or doubles, written
   void* panels;   // scratch of kGramPanels floats or doubles
 };
+constexpr int64_t kGramRowGroup = 12;  // rows of a tile are written in groups of a divisor of it
 // tile and depth of the packed panels, which stay in cache: for sums in float, in double
 template <class Acc>
 constexpr int64_t kGramTile = 384;

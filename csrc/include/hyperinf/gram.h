@@ -11,6 +11,7 @@ constexpr int kNv = 2;
 template <class Acc>
 constexpr int kNr = kNv * Simd<Acc>::lanes;
 static_assert(kGramTile<float> % kMr == 0 && kGramTile<float> % kNr<float> == 0);
+static_assert(kGramRowGroup % kMr == 0);
 static_assert(kGramTile<double> % kMr == 0 && kGramTile<double> % kNr<double> == 0);
 
 // out (kMr, kNr) (+)= sum_k x[k][i] y[k][j]
