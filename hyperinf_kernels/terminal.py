@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,7 +41,9 @@ def quiet_libraries() -> None:
 class Bars:
     """One bar per stage of a job, from its first news on; a stage that starts again gets a new bar.
 
-    A job that fails takes its bars away with it, so that the error stands alone.
+    A job that fails takes its bars away with it, so that the error stands alone. An interrupt is
+    remembered: one that strikes where Python cannot raise, as in a destructor, ends the job at its
+    next news.
     """
 
     def __init__(self) -> None:
@@ -52,17 +56,29 @@ class Bars:
         )
         self.tasks: dict[str, Any] = {}
         self.last: dict[str, int] = {}
+        self.interrupted = False
+        self._before: Any = None
 
     def __enter__(self) -> Bars:
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._interrupt)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         # the live display itself: stopping the progress adds an empty line
         self.progress.live.transient = kind is not None
         self.progress.live.stop()
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _interrupt(self, *_: object) -> None:
+        self.interrupted = True
+        raise KeyboardInterrupt
 
     def advance(self, stage: str, done: int, total: int | None) -> None:
         """A `Progress` callback of the package."""
+        if self.interrupted:
+            raise KeyboardInterrupt
         # starting again does nothing
         self.progress.start()
         if stage not in self.tasks or done <= self.last[stage]:

@@ -9,10 +9,14 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from hyperinf_kernels.terminal import Bars
 from tests import folders
 
 from .command import (
@@ -72,6 +76,21 @@ def test_bars_of_libraries_are_off() -> None:
         env=environment,
     )  # fmt: skip
     assert ran.stdout.endswith("disabled True\n")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_where_python_cannot_raise_ends_the_job_at_its_next_news() -> None:
+    class Deaf:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)  # the handler runs, and what it raises is dropped
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), Bars() as bars:
+        bars.advance("train", 1, 3)
+        Deaf()
+        bars.advance("train", 2, 3)
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def terminal_text(handle: int) -> Iterator[str]:
