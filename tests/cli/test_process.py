@@ -85,11 +85,15 @@ def test_an_interrupt_where_python_cannot_raise_ends_the_job_at_its_next_news() 
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.01)  # the handler runs, and what it raises is dropped
 
+    def job() -> None:
+        with Bars() as bars:
+            bars.advance("train", 1, 3)
+            Deaf()
+            bars.advance("train", 2, 3)
+
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), Bars() as bars:
-        bars.advance("train", 1, 3)
-        Deaf()
-        bars.advance("train", 2, 3)
+    with pytest.raises(KeyboardInterrupt):
+        job()
     assert signal.getsignal(signal.SIGINT) is before
 
 
