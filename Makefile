@@ -68,10 +68,10 @@ CUDA_TORCH ?= torch==2.14.1
 
 # one torch for both; each has constraints of its own, because numpy 1 and 2 exclude each other. The
 # compiled kernels lie in this folder since .venv-test was made, and serve every torch
-.venv-integrations%/ready: requirements/integrations%.txt requirements/constraints-integrations%.txt .venv-test/ready
+.venv-integrations%/ready: requirements/integrations%.txt requirements/constraints-integrations%.txt | .venv-test/ready
 	$(MAKE) integration-environment NAME=integrations$*
 
-.venv-integrations/ready: requirements/integrations.txt requirements/constraints-integrations.txt .venv-test/ready
+.venv-integrations/ready: requirements/integrations.txt requirements/constraints-integrations.txt | .venv-test/ready
 	$(MAKE) integration-environment NAME=integrations
 
 .PHONY: integration-environment
