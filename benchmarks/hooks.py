@@ -49,10 +49,12 @@ def hooks(quick: bool) -> Iterator[Measurement]:
             model(**inputs, use_cache=False).loss.backward()
             model.zero_grad()
 
-    count = setting.tokens(train)
     held = list(train)
-    parts = [held[i : i + TURN] for i in range(0, len(held), TURN)]
-    for kept in ("answer", "all"):
+    for kept, every in (("answer", 1), ("all", 1 if quick else 5)):
+        chosen = held[::every]
+        count = sum(int(batch["attention_mask"].sum()) for batch in chosen)
+        rows = sum(len(batch["labels"]) for batch in chosen)
+        parts = [chosen[i : i + TURN] for i in range(0, len(chosen), TURN)]
         loss, blocks = hk.CausalLM(kept), find_blocks(model)
         queries = [grads for _, grads in gradient_batches(model, query, loss, blocks, "query")]
         # preconditioned queries have the shape of their gradients, so these stand for any method's
@@ -73,9 +75,7 @@ def hooks(quick: bool) -> Iterator[Measurement]:
             for part in parts
         ]
         totals = {name: [sum(turn[name][0] for turn in turns)] for name in providers}
-        case = (
-            f"{source}, {len(train_rows)} rows x {len(query_rows)} queries, loss on {kept} tokens"
-        )
+        case = f"{source}, {rows} rows x {len(query_rows)} queries, loss on {kept} tokens"
         yield from measurements(
             case, totals, "plain forward and backward", work=count, unit="tokens"
         )
