@@ -18,7 +18,7 @@ using torch::stable::Tensor;
 namespace {
 
 constexpr int64_t kSide = kGramTile<float>;
-constexpr int64_t kBlockFloats = 2 << 20;  // of gradients that exist at once, both sets together
+constexpr int64_t kBlockFloats = 1 << 20;  // of gradients that exist at once, both sets together
 
 // How many samples' tokens share a tile: several only where they are evenly spaced rows.
 int64_t samples_per_tile(const Gradients& g) {
