@@ -32,17 +32,8 @@ def main() -> None:
         if not _named(word):
             sys.exit(f"unknown benchmark {word!r}; known: {', '.join(registry.BENCHMARKS)}")
     for name in dict.fromkeys(found for word in asked for found in _named(word)):
-        rows = []
         print(f"\n{name}")
-        for row in registry.BENCHMARKS[name](quick):
-            error = "" if row.error is None else f"  error {row.error:.1e}"
-            rate = "" if row.work is None else f"  {row.work / row.median:.0f} {row.unit}/s"
-            print(
-                f"  {row.case:42} {row.provider:28} {row.median:9.3f} s {row.ratio:8.2f}x"
-                f"{rate}{error}  {row.note}",
-                flush=True,
-            )
-            rows.append(row)
+        rows = registry.shown(registry.BENCHMARKS[name](quick))
         print("  ", registry.write(name, rows), plots.draw(name, rows))
 
 

@@ -28,15 +28,7 @@ def main() -> None:
         except ImportError as error:
             print(f"  not measured: {error}")
             continue
-        rows = []
-        for row in host.measure(quick):
-            error_text = "" if row.error is None else f"  error {row.error:.1e}"
-            print(
-                f"  {row.case:58} {row.provider:18} {row.median:9.4f} s {row.ratio:8.2f}x"
-                f"{error_text}  {row.note}",
-                flush=True,
-            )
-            rows.append(row)
+        rows = registry.shown(host.measure(quick))
         if not quick:
             print(
                 "  ", registry.write(f"drop-in-{name}", rows), plots.draw(f"drop-in-{name}", rows)

@@ -99,6 +99,21 @@ def measurements(
         )
 
 
+def shown(rows: Iterator[Measurement]) -> list[Measurement]:
+    """All rows of a benchmark, each printed as soon as it is there."""
+    kept = []
+    for row in rows:
+        error = "" if row.error is None else f"  error {row.error:.1e}"
+        rate = "" if row.work is None else f"  {row.work / row.median:.0f} {row.unit}/s"
+        print(
+            f"  {row.case:58} {row.provider:28} {row.median:9.4f} s {row.ratio:8.2f}x{rate}{error}"
+            f"  {row.note}",
+            flush=True,
+        )
+        kept.append(row)
+    return kept
+
+
 def environment() -> dict[str, object]:
     """What every row of a result carries."""
     revision = subprocess.run(

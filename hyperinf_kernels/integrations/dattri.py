@@ -8,7 +8,7 @@ they are.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -55,9 +55,8 @@ class _OncePerSide(BaseInnerProductAttributor):
         _no_relatif(relatif_method)
         if self.full_train_dataloader is None:
             self.cache(train_dataloader)
-        total: Tensor | None = None
-        checkpoints = len(self.task.get_checkpoints())
-        for index in range(checkpoints):
+
+        def scores(index: int) -> Tensor:
             tests = [
                 self.transform_test_rep(index, self.generate_test_rep(index, batch))
                 for batch in self._batches(test_dataloader)
@@ -67,10 +66,9 @@ class _OncePerSide(BaseInnerProductAttributor):
                 _dots(self.transform_train_rep(index, rep), queries)
                 for rep in self._train_reps(index, train_dataloader)
             ]
-            scores = torch.cat(parts)
-            total = scores if total is None else total + scores
-        assert total is not None
-        return total / checkpoints
+            return torch.cat(parts)
+
+        return self._mean_over_checkpoints(scores)
 
     def self_attribute(self, train_dataloader: Any, relatif_method: str | None = None) -> Tensor:
         """Each sample's score on itself, (n_train,); one pass, any batch size."""
@@ -78,17 +76,19 @@ class _OncePerSide(BaseInnerProductAttributor):
         _no_relatif(relatif_method)
         if self.full_train_dataloader is None:
             self.cache(train_dataloader)
-        total: Tensor | None = None
-        checkpoints = len(self.task.get_checkpoints())
-        for index in range(checkpoints):
+
+        def scores(index: int) -> Tensor:
             parts = [
                 (rep * self.transform_test_rep(index, rep)).sum(1)
                 for rep in self._train_reps(index, train_dataloader)
             ]
-            scores = torch.cat(parts)
-            total = scores if total is None else total + scores
-        assert total is not None
-        return total / checkpoints
+            return torch.cat(parts)
+
+        return self._mean_over_checkpoints(scores)
+
+    def _mean_over_checkpoints(self, scores: Callable[[int], Tensor]) -> Tensor:
+        checkpoints = range(len(self.task.get_checkpoints()))
+        return torch.stack([scores(index) for index in checkpoints]).mean(0)
 
     def _batches(self, loader: Any) -> Iterator[tuple[Tensor, ...]]:
         # dattri's tasks expect a leading axis of one

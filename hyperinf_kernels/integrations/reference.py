@@ -53,6 +53,19 @@ class _Gradients:
         self.IF_dict: dict[str, Any] = defaultdict(list)
         self.reports: dict[str, Any] = {}
 
+    def compute_hvp_identity(self) -> None:
+        self._timed("identity", self._products("identity", 10))
+
+    def compute_hvp_proposed(self, lambda_const_param: float = 10) -> None:
+        """DataInf."""
+        self._timed("datainf", self._products("datainf", lambda_const_param))
+
+    compute_hvp_datainf = compute_hvp_proposed
+
+    def compute_hvp_iterative(self, lambda_const_param: float = 10) -> None:
+        """HyperINF."""
+        self._timed("hyperinf", self._products("hyperinf", lambda_const_param))
+
     def _take(self, tr_grad_dict: Samples, val_grad_dict: Samples) -> None:
         self.tr_grad_dict, self.val_grad_dict = tr_grad_dict, val_grad_dict
         self.n_train, self.n_val = len(tr_grad_dict), len(val_grad_dict)
@@ -141,19 +154,6 @@ class Engine(_Gradients):
             if compute_accurate or not method.startswith("accurate"):
                 self._timed(method, self._products(method, lambda_const_param))
 
-    def compute_hvp_identity(self) -> None:
-        self._timed("identity", self._products("identity", 10))
-
-    def compute_hvp_proposed(self, lambda_const_param: float = 10) -> None:
-        """DataInf."""
-        self._timed("datainf", self._products("datainf", lambda_const_param))
-
-    compute_hvp_datainf = compute_hvp_proposed
-
-    def compute_hvp_iterative(self, lambda_const_param: float = 10) -> None:
-        """HyperINF."""
-        self._timed("hyperinf", self._products("hyperinf", lambda_const_param))
-
     def compute_hvp_LiSSA(self, lambda_const_param: float = 10) -> None:  # noqa: N802
         self._timed("lissa", self._products("lissa", lambda_const_param))
 
@@ -198,19 +198,6 @@ class GenerationEngine(_Gradients):
         for method in self.methods:
             if method in self.keys:
                 self._timed(method, self._products(method, lambda_const_param))
-
-    def compute_hvp_identity(self) -> None:
-        self._timed("identity", self._products("identity", 10))
-
-    def compute_hvp_proposed(self, lambda_const_param: float = 10) -> None:
-        """DataInf."""
-        self._timed("datainf", self._products("datainf", lambda_const_param))
-
-    compute_hvp_datainf = compute_hvp_proposed
-
-    def compute_hvp_iterative(self, lambda_const_param: float = 10) -> None:
-        """HyperINF."""
-        self._timed("hyperinf", self._products("hyperinf", lambda_const_param))
 
     def compute_IF(self) -> None:  # noqa: N802
         """`IF_dict[method]`: DataFrame, a row per query and a column per training sample."""

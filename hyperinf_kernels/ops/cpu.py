@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .dispatch import TensorMeta, implements
+from .dispatch import TensorMeta, implements, unfit
 from .schedule import FREE_FIRST_STEP, PRODUCTS, Step
 
 ROWS = (torch.float32, torch.bfloat16)
@@ -25,26 +25,13 @@ MANY_QUERIES, SHORT_ROWS = 32, 1024
 COEFFICIENTS = 8
 
 
-def _unsupported(metas: tuple[TensorMeta, ...], dtypes: tuple[torch.dtype, ...]) -> str | None:
-    for meta in metas:
-        if meta.dtype not in dtypes:
-            return f"takes {_names(dtypes)}, not {_names((meta.dtype,))}"
-        if meta.requires_grad:
-            return "has no backward, and an input requires grad"
-    return None
-
-
-def _names(dtypes: tuple[torch.dtype, ...]) -> str:
-    return " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-
-
 def _refuse_sherman_morrison(metas: tuple[TensorMeta, ...]) -> str | None:
     V, G = metas[0], metas[min(1, len(metas) - 1)]
     if len(V.shape) > 1 and V.shape[-2] > MANY_QUERIES and V.shape[-1] < SHORT_ROWS:
         return f"over {MANY_QUERIES} queries on rows below {SHORT_ROWS} are faster in torch"
     if G.shape[-1] > 1 and G.stride[-1] != 1:
         return "rows of G must have unit stride"
-    return _unsupported((V, G), ROWS)
+    return unfit((V, G), ROWS)
 
 
 @implements("sherman_morrison", "cpu", _refuse_sherman_morrison)
@@ -64,9 +51,7 @@ def _refuse_sums(metas: tuple[TensorMeta, ...]) -> str | None:
         return f"sums below {LEAST_SIDE} on a side are as fast in torch"
     # fp64 sums take fp64 rows too, and lose nothing of fp32 ones
     wide = total.dtype == torch.float64
-    return _unsupported((total,), SUMS) or _unsupported(
-        tuple(rows), (*ROWS, torch.float64) if wide else ROWS
-    )
+    return unfit((total,), SUMS) or unfit(tuple(rows), (*ROWS, torch.float64) if wide else ROWS)
 
 
 @implements("gram_accumulate_", "cpu", _refuse_sums)
@@ -123,7 +108,7 @@ def _apart(out: Tensor, tensor: Tensor) -> Tensor:
 
 
 def _refuse_factors(metas: tuple[TensorMeta, ...]) -> str | None:
-    return _unsupported(metas, ROWS)
+    return unfit(metas, ROWS)
 
 
 def _factors(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -172,7 +157,7 @@ def pairwise_dot(delta1: Tensor, act1: Tensor, delta2: Tensor, act2: Tensor, gho
 def _refuse_schulz(metas: tuple[TensorMeta, ...]) -> str | None:
     if metas[0].shape[-1] > LARGEST_SIDE:
         return f"takes matrices up to {LARGEST_SIDE} on a side"
-    return _unsupported(metas[:1], (torch.float32,))
+    return unfit(metas[:1], (torch.float32,))
 
 
 @implements("schulz", "cpu", _refuse_schulz)
@@ -199,7 +184,7 @@ def _refuse_spd_inverse(metas: tuple[TensorMeta, ...]) -> str | None:
         return f"takes matrices up to {LARGEST_SIDE} on a side"
     if math.prod(shape[:-2]) == 1 and shape[-1] > LARGEST_ALONE:
         return f"one matrix over {LARGEST_ALONE} on a side is faster in torch"
-    return _unsupported(metas[:1], (torch.float32,))
+    return unfit(metas[:1], (torch.float32,))
 
 
 @implements("spd_inverse", "cpu", _refuse_spd_inverse)

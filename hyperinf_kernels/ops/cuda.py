@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .dispatch import TensorMeta, implements
+from .dispatch import TensorMeta, implements, unfit
 
 FACTORS = (torch.float32, torch.bfloat16, torch.float16)
 # Tiles of the kernels (csrc/include/hyperinf): sides of C's tiles in gfim.cuh. A strip of g is
@@ -35,12 +35,7 @@ def prefer_fused_gfim(tokens: int, side: int) -> bool:
 
 
 def _refuse(metas: tuple[TensorMeta, ...]) -> str | None:
-    for meta in metas:
-        if meta.dtype not in FACTORS:
-            return f"takes float32, bfloat16 and float16, not {str(meta.dtype)[6:]}"
-        if meta.requires_grad:
-            return "has no backward, and an input requires grad"
-    return None
+    return unfit(metas, FACTORS)
 
 
 def _refuse_gfim(metas: tuple[TensorMeta, ...]) -> str | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -58,6 +58,18 @@ class TensorMeta(NamedTuple):
             tuple(tensor.stride()),
             tensor.requires_grad and torch.is_grad_enabled(),
         )
+
+
+def unfit(metas: Iterable[TensorMeta], dtypes: Sequence[torch.dtype]) -> str | None:
+    """Why a kernel for these dtypes, without a backward, cannot take the tensors; or None."""
+    for meta in metas:
+        if meta.dtype not in dtypes:
+            *others, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+            takes = f"{', '.join(others)} and {last}" if others else last
+            return f"takes {takes}, not {str(meta.dtype).removeprefix('torch.')}"
+        if meta.requires_grad:
+            return "has no backward, and an input requires grad"
+    return None
 
 
 def _nothing(_: Any) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .damping import DEFAULT_DAMPING, Damping
-from .flat import FlatSolver, relative
+from .flat import FlatSolver
 from .gram import BlockGram, Span
 from .report import RESIDUAL_LIMIT, Outcome
 
@@ -57,33 +57,17 @@ class CG(FlatSolver):
         self.iterations, self.tol = iterations, tol
         super().__init__(damping, folder=folder)
 
-    def _solve(self, name: str, V: Tensor) -> tuple[Tensor, Outcome]:
-        rows, lam = self.rows[name], self.lambdas[name]
-        flat = V.flatten(1).double()
-        if rows.n < rows.width:
-            span = self._span(self.gram(name), flat, rows.dots(flat), lam)
-            W, steps = span.a * flat + rows.combine(span.B), span.iterations
-        else:
-            W, steps = self._steps(self._primal_space(name, flat))
-        delivered = W.to(V.dtype)
-        residual = relative(self._residual(name, flat, delivered), flat)
-        return delivered.view_as(V), self._judged(name, residual, steps, "fp64")
+    def _primal_solve(self, name: str, V: Tensor) -> tuple[Tensor, int]:
+        lam, H = self.lambdas[name], self.moment(name)
+        return self._steps(Space(V, lambda x: x, lambda x, m: lam * x + x @ H))
 
     def _judged(self, name: str, residual: float, iterations: int, precision: str) -> Outcome:
         # a tighter tolerance than the rounding of W can hold is met by the iterates, not by W
-        limit = max(self.tol, RESIDUAL_LIMIT)
         note = None
-        if not residual <= limit:
+        if not residual <= max(self.tol, RESIDUAL_LIMIT):
             note = f"residual {residual:.1e} after {iterations} steps, asked {self.tol:.1e}"
-        return Outcome(
-            precision="fp64",
-            condition_bound=self._condition_bound(name),
-            products=1,
-            iterations=iterations,
-            residual=residual,
-            converged=note is None,
-            fallback=note,
-        )
+        outcome = super()._judged(name, residual, iterations, "fp64")
+        return replace(outcome, converged=note is None, fallback=note)
 
     def _span(self, gram: BlockGram, V: Tensor, L: Tensor, lam: float) -> Span:
         X, steps = self._steps(self._gram_space(gram, V.double(), L, lam))
@@ -104,10 +88,6 @@ class CG(FlatSolver):
         start = torch.zeros(len(V), gram.n + 1, dtype=V.dtype, device=V.device)
         start[:, 0] = 1
         return Space(start, metric, operator)
-
-    def _primal_space(self, name: str, V: Tensor) -> Space:
-        lam, H = self.lambdas[name], self.moment(name)
-        return Space(V, lambda x: x, lambda x, m: lam * x + x @ H)
 
     def _steps(self, space: Space) -> tuple[Tensor, int]:
         R = space.start

@@ -207,6 +207,22 @@ class FlatSolver(Solver):
         residual = self.sketch(name).residual(seen.LX, S, lam)
         return S, self._judged(name, residual, span.iterations, precision_of(gram.K))
 
+    def _solve(self, name: str, V: Tensor) -> tuple[Tensor, Outcome]:
+        rows = self.rows[name]
+        flat = V.flatten(1).double()
+        if rows.n < rows.width:
+            span = self._span(self.gram(name), flat, rows.dots(flat), self.lambdas[name])
+            W, steps = span.a * flat + rows.combine(span.B), span.iterations
+        else:
+            W, steps = self._primal_solve(name, flat)
+        delivered = W.to(V.dtype)
+        residual = relative(self._residual(name, flat, delivered), flat)
+        return delivered.view_as(V), self._judged(name, residual, steps, "fp64")
+
+    def _primal_solve(self, name: str, V: Tensor) -> tuple[Tensor, int]:
+        """W (m, D) in fp64 for V (m, D), on the D x D side, and the steps it took."""
+        raise NotImplementedError
+
     def _span(self, gram: BlockGram, V: Tensor, L: Tensor, lam: float) -> Span:
         """The method in Gram space; V (m, D) serves for norms only, L (m, n) is fp64."""
         raise NotImplementedError

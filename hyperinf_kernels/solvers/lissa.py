@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -51,19 +52,6 @@ class LiSSA(FlatSolver):
         self.iterations, self.tol, self.scale = iterations, tol, scale
         super().__init__(damping, folder=folder)
 
-    def _solve(self, name: str, V: Tensor) -> tuple[Tensor, Outcome]:
-        rows, lam = self.rows[name], self.lambdas[name]
-        flat = V.flatten(1).double()
-        if rows.n < rows.width:
-            # R = a V + B P stays in the span of V and the rows, so only (a, B) is iterated
-            span = self._span(self.gram(name), flat, rows.dots(flat), lam)
-            W, steps = span.a * flat + rows.combine(span.B), span.iterations
-        else:
-            W, steps = self._primal_steps(flat, self.moment(name), lam)
-        delivered = W.to(V.dtype)
-        residual = relative(self._residual(name, flat, delivered), flat)
-        return delivered.view_as(V), self._judged(name, residual, steps, "fp64")
-
     def _judged(self, name: str, residual: float, iterations: int, precision: str) -> Outcome:
         note = None
         if not residual <= self.tol:
@@ -75,20 +63,14 @@ class LiSSA(FlatSolver):
                     f"; its scale {self.scale:.1e} is too long where it exceeds 2 / the largest "
                     "eigenvalue, and then it diverges"
                 )
-        return Outcome(
-            precision="fp64",
-            condition_bound=self._condition_bound(name),
-            products=1,
-            iterations=iterations,
-            residual=residual,
-            converged=residual <= self.tol,
-            fallback=note,
-        )
+        outcome = super()._judged(name, residual, iterations, "fp64")
+        return replace(outcome, converged=note is None, fallback=note)
 
     def _step(self, H: Tensor, lam: float) -> float:
         return self.scale or 2 / (float(upper_bound(H)) + 2 * lam)
 
-    def _primal_steps(self, V: Tensor, H: Tensor, lam: float) -> tuple[Tensor, int]:
+    def _primal_solve(self, name: str, V: Tensor) -> tuple[Tensor, int]:
+        H, lam = self.moment(name), self.lambdas[name]
         s, R = self._step(H, lam), torch.zeros_like(V)
         for step in range(1, self.iterations + 1):
             E = V - R @ H - lam * R
@@ -98,6 +80,7 @@ class LiSSA(FlatSolver):
         return R, self.iterations
 
     def _span(self, gram: BlockGram, V: Tensor, L: Tensor, lam: float) -> Span:
+        # R = a V + B P stays in the span of V and the rows, so only (a, B) is iterated
         H = gram.K.double() / gram.n
         s, a, B, steps = self._step(H, lam), 0.0, torch.zeros_like(L), self.iterations
         size = float(V.double().square().sum())

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..dispatch import Capability, TensorMeta, implements
+from ..dispatch import Capability, TensorMeta, implements, unfit
 from ..schedule import PRODUCTS, Step
 from .configs import Config, choose, rows_of
 from .launch import HALVES, products_of
@@ -26,16 +26,6 @@ LARGEST_SIDE = 32768
 LEAST_SYMMETRIC = 512
 # rows of g that a program holds; taller gradients are large products, which torch does well
 LARGEST_ROWS = 64
-
-
-def _unfit(metas: Sequence[TensorMeta], dtypes: tuple[torch.dtype, ...]) -> str | None:
-    for meta in metas:
-        if meta.dtype not in dtypes:
-            names = " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-            return f"takes {names}, not {str(meta.dtype).removeprefix('torch.')}"
-        if meta.requires_grad:
-            return "has no backward, and an input requires grad"
-    return None
 
 
 def _arch(machine: Capability) -> int:
@@ -51,7 +41,7 @@ def _shown(config: Config, **more: Any) -> Mapping[str, Any]:
 def _refuse_schulz(metas: tuple[TensorMeta, ...]) -> str | None:
     if metas[0].shape[-1] > LARGEST_SIDE:
         return f"takes matrices up to {LARGEST_SIDE} on a side"
-    return _unfit(metas[:1], (torch.float32,))
+    return unfit(metas[:1], (torch.float32,))
 
 
 def kernel_of(side: int) -> str:
@@ -110,7 +100,7 @@ def _refuse_sherman_morrison(metas: tuple[TensorMeta, ...]) -> str | None:
     V, G = metas[0], metas[min(1, len(metas) - 1)]
     if G.shape[-1] > 1 and G.stride[-1] != 1:
         return "rows of G must have unit stride"
-    return _unfit((V, G), ROWS)
+    return unfit((V, G), ROWS)
 
 
 def _rows_config(metas: tuple[TensorMeta, ...], machine: Capability) -> Mapping[str, Any]:
@@ -136,7 +126,7 @@ def _refuse_sums(metas: tuple[TensorMeta, ...]) -> str | None:
     total, *rows = metas
     if max(total.shape[-2:], default=0) > LARGEST_SIDE:
         return f"takes sums up to {LARGEST_SIDE} on a side"
-    return _unfit((total,), (torch.float32,)) or _unfit(rows, ROWS)
+    return unfit((total,), (torch.float32,)) or unfit(rows, ROWS)
 
 
 def _sums_config(metas: tuple[TensorMeta, ...], machine: Capability) -> Mapping[str, Any]:
@@ -192,7 +182,7 @@ def _refuse_per_sample(metas: tuple[TensorMeta, ...]) -> str | None:
         return "delta and act must have the same dtype"
     if any(meta.shape[-1] > 1 and meta.stride[-1] != 1 for meta in metas):
         return "delta, act and V must have unit column stride"
-    return _unfit(metas, ROWS)
+    return unfit(metas, ROWS)
 
 
 def _per_sample_config(metas: tuple[TensorMeta, ...], machine: Capability) -> Mapping[str, Any]:
