@@ -37,6 +37,10 @@ __all__ = [
 HOST = HOSTS["dattri"]
 
 
+def _mean_over_checkpoints(task: Any, scores: Callable[[int], Tensor]) -> Tensor:
+    return torch.stack([scores(index) for index in range(len(task.get_checkpoints()))]).mean(0)
+
+
 class _OncePerSide(BaseInnerProductAttributor):
     """dattri's train and test loops, un-nested: every gradient and transform is made once."""
 
@@ -68,7 +72,7 @@ class _OncePerSide(BaseInnerProductAttributor):
             ]
             return torch.cat(parts)
 
-        return self._mean_over_checkpoints(scores)
+        return _mean_over_checkpoints(self.task, scores)
 
     def self_attribute(self, train_dataloader: Any, relatif_method: str | None = None) -> Tensor:
         """Each sample's score on itself, (n_train,); one pass, any batch size."""
@@ -84,11 +88,7 @@ class _OncePerSide(BaseInnerProductAttributor):
             ]
             return torch.cat(parts)
 
-        return self._mean_over_checkpoints(scores)
-
-    def _mean_over_checkpoints(self, scores: Callable[[int], Tensor]) -> Tensor:
-        checkpoints = range(len(self.task.get_checkpoints()))
-        return torch.stack([scores(index) for index in checkpoints]).mean(0)
+        return _mean_over_checkpoints(self.task, scores)
 
     def _batches(self, loader: Any) -> Iterator[tuple[Tensor, ...]]:
         # dattri's tasks expect a leading axis of one
