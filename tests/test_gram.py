@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +15,9 @@ import torch
 from torch import Tensor
 
 import hyperinf_kernels as hk
+from hyperinf_kernels.solvers.mapped_gram import MappedGram
 from hyperinf_kernels.solvers.rows import GradientRows, squares
+from hyperinf_kernels.solvers.scratch import Scratch
 from tests import oracle
 from tests.test_solvers import peer_directions
 
@@ -241,10 +247,117 @@ def test_rows_in_files_are_the_rows_in_memory(
     want, got = solver.scores(query), mapped.scores(query)
     for name in want:
         assert torch.equal(got[name], want[name])
-    (folder,) = tmp_path.iterdir()
-    size = sum(file.stat().st_size for file in folder.iterdir())
-    assert size == sum(g.numel() * g.element_size() for g in train.values())
+    mappings = Path("/proc/self/maps").read_text().splitlines()
+    mine = [line.split()[0].split("-") for line in mappings if str(tmp_path) in line]
+    size = sum(g.numel() * g.element_size() for g in train.values())
+    assert sum(int(end, 16) - int(begin, 16) for begin, end in mine) >= size
+    # the files have no names, so nothing stays behind even after a kill
+    assert list(tmp_path.iterdir()) == []
     del mapped
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("method", ["datainf", "exact", "cg", "lissa"])
+def test_gram_matrices_in_files_give_the_scores_of_those_in_memory(
+    method: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hyperinf_kernels.solvers.rows.CHUNK_ROWS", 11)
+    monkeypatch.setattr("hyperinf_kernels.solvers.flat.GRAM_BYTES", 0)
+    train, query = gradients(60, 1, dtype), gradients(20, 2, dtype)
+    options = ITERATIVE.get(method, {})
+    make = {"datainf": hk.DataInf, "exact": hk.Exact, "cg": hk.CG, "lissa": hk.LiSSA}[method]
+    solver = fitted(make(folder=tmp_path, **options), train)
+    held = fitted(make(**options), train)
+    limit = 1e-12 if dtype == torch.float64 and method not in ITERATIVE else 1e-5
+    for damping in (hk.DataInfDamping(0.1), hk.DataInfDamping(3.0)):
+        want, got = held.redamp(damping).scores(query), solver.redamp(damping).scores(query)
+        for name, S in got.items():
+            assert float((S - want[name]).norm()) <= limit * float(want[name].norm()), name
+        own = solver.own_influence()
+        torch.testing.assert_close(own, held.own_influence(), rtol=10 * limit, atol=0)
+        applied, directions = held.apply(query), solver.apply(query)
+        for name, W in directions.items():
+            gap = float((W - applied[name]).norm())
+            assert gap <= 10 * limit * float(applied[name].norm()), name
+    kinds = {name: type(gram).__name__ for name, gram in solver._grams.items()}
+    assert set(kinds.values()) == {"MappedGram"}
+
+
+def test_the_engine_keeps_its_gram_matrices_in_files_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hyperinf_kernels.solvers.rows.CHUNK_ROWS", 16)
+    made: list[str] = []
+    mapped = MappedGram.__init__
+
+    def counting(self: Any, name: str, *rest: Any) -> None:
+        made.append(name)
+        mapped(self, name, *rest)
+
+    monkeypatch.setattr(MappedGram, "__init__", counting)
+    train, query = gradients(60, 1), gradients(5, 2)
+    grid = [hk.DataInfDamping(0.1 * 1.1**i) for i in range(60)]
+    found = []
+    for limit, folder in ((2**30, None), (0, tmp_path)):
+        monkeypatch.setattr("hyperinf_kernels.solvers.flat.GRAM_BYTES", limit)
+        engine = hk.GramEngine(folder=folder)
+        for batch in parts(train, (7, 1, 40, 12)):
+            engine.update(batch)
+        found.append(engine.scores(query, ("exact", "datainf"), grid))
+        assert len(made) == (0 if folder is None else 2)  # the third block has n > D
+    for held, in_files in zip(*found, strict=True):
+        torch.testing.assert_close(in_files.values, held.values, rtol=1e-4, atol=1e-9)
+
+
+def test_a_factor_in_files_names_a_damping_that_is_too_small(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hyperinf_kernels.solvers.rows.CHUNK_ROWS", 16)
+    rows = GradientRows(90)
+    rows.append(torch.ones(60, 90))
+    gram = MappedGram("q.lora_A", rows, None, Scratch(tmp_path))
+    with pytest.raises(hk.InputError, match=r"block q.lora_A: .* not positive definite"):
+        gram.solve(torch.ones(2, 60).double(), -1e-3)
+
+
+def test_memory_need_not_hold_the_gram_matrix(tmp_path: Path) -> None:
+    program = """
+import resource, sys, torch
+import hyperinf_kernels as hk
+from hyperinf_kernels.solvers import flat
+flat.GRAM_BYTES = 2**20
+n, d, folder = 4000, 4100, sys.argv[1] or None
+solver, generator = hk.Exact(folder=folder), torch.Generator().manual_seed(0)
+query = {"b": torch.randn(3, 1, d, generator=generator)}
+solver.update({"b": torch.randn(n, 1, d, generator=generator)})
+solver.fit()
+used = next(int(line.split()[1]) for line in open("/proc/self/status") if "VmData" in line)
+# mapped files do not count; K in fp32 and its factor in fp64 would take 192 MB
+resource.setrlimit(resource.RLIMIT_DATA, (1024 * used + 130 * 2**20,) * 2)
+print(float(solver.scores(query)["b"].norm()), solver.report()[0].converged)
+"""
+
+    def run(folder: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", program, folder]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+    outcome = run(str(tmp_path))
+    assert outcome.returncode == 0, outcome.stderr
+    assert outcome.stdout.split()[1] == "True"
+    assert "allocate" in run("").stderr
+
+
+def test_a_full_disk_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    solver = hk.Exact(folder=tmp_path)
+    solver.update({"b": torch.randn(5, 2, 3)})
+    with pytest.raises(hk.InputError, match="no room for 0 MiB in .*: No space left on device"):
+        solver.fit().apply({"b": torch.randn(1, 2, 3)})
     assert list(tmp_path.iterdir()) == []
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .damping import DEFAULT_DAMPING, Damping
 from .flat import FlatSolver
-from .gram import BlockGram, Span
+from .gram import Span
+from .mapped_gram import Gram
 from .report import RESIDUAL_LIMIT, Outcome
 
 
@@ -69,17 +70,17 @@ class CG(FlatSolver):
         outcome = super()._judged(name, residual, iterations, "fp64")
         return replace(outcome, converged=note is None, fallback=note)
 
-    def _span(self, gram: BlockGram, V: Tensor, L: Tensor, lam: float) -> Span:
+    def _span(self, gram: Gram, V: Tensor, L: Tensor, lam: float) -> Span:
         X, steps = self._steps(self._gram_space(gram, V.double(), L, lam))
         return Span(X[:, :1], X[:, 1:], iterations=steps)
 
-    def _gram_space(self, gram: BlockGram, V: Tensor, L: Tensor, lam: float) -> Space:
+    def _gram_space(self, gram: Gram, V: Tensor, L: Tensor, lam: float) -> Space:
         """x = (a, b) stands for a v + b P."""
-        K, size = gram.K.double(), V.square().sum(1, keepdim=True)
+        times, size = gram.times(), V.square().sum(1, keepdim=True)
 
         def metric(x: Tensor) -> Tensor:
             a, b = x[:, :1], x[:, 1:]
-            return torch.cat([a * size + (b * L).sum(1, keepdim=True), a * L + b @ K], 1)
+            return torch.cat([a * size + (b * L).sum(1, keepdim=True), a * L + times(b)], 1)
 
         def operator(x: Tensor, m: Tensor) -> Tensor:
             # the metric's tail is x P^T, so H x costs nothing more

@@ -41,7 +41,7 @@ class DataInf(FlatSolver):
             error = float(((W[places].double() - exact).norm(dim=1) / exact.norm(dim=1)).max())
         outcome = Outcome(
             backend=explain("sherman_morrison", W).backend,
-            precision=precision_of(W),
+            precision=precision_of(W.dtype),
             condition_bound=self._condition_bound(name),
             residual=error,
             converged=error <= RESIDUAL_LIMIT,
@@ -59,7 +59,7 @@ class DataInf(FlatSolver):
         # the mean of the inverses is (I - R^T R) / lambda, R = diag(sqrt(weights)) P
         rows, lam, gram = self.rows[name], self.lambdas[name], self.gram(name)
         scale = (rows.n * (lam + gram.norms_sq)).rsqrt()
-        c, U = torch.linalg.eigh(scale[:, None] * gram.K.double() * scale)
+        c, U = torch.linalg.eigh(scale[:, None] * gram.whole() * scale)
         gain = -1 / (1 + (1 - c.clamp(0, 1)).sqrt())
         return (rooted(rows, V.flatten(1).double(), scale[:, None] * U, gain) / lam**0.5).to(
             V.dtype
@@ -75,7 +75,7 @@ class DataInf(FlatSolver):
         image = rows.image(B.to(V.dtype)) if gram is None else gram.image(B)
         S = ((image - L.double()) / lam).to(V.dtype)
         error = self._error(name, seen, S, weights)
-        precision = precision_of(S)
+        precision = precision_of(S.dtype)
         if error > RESIDUAL_LIMIT:
             # fp32 cancels where the damping is small beside the gradients
             L64 = rows.dots(V.double())

@@ -15,7 +15,8 @@ from ..ops.checks import accumulation_dtype
 from .damping import DEFAULT_DAMPING, Damping
 from .inputs import Gradients, check_shapes, sum_square
 from .kfac import KFAC, Basis
-from .rows import GradientRows, Scratch
+from .rows import GradientRows
+from .scratch import Scratch
 
 SAMPLES = 64  # rotated at a time, so that memory stays bounded
 
@@ -105,7 +106,7 @@ class EKFAC(KFAC):
         for name, theirs in other.rows.items():
             mine = self.rows.setdefault(name, GradientRows(theirs.width, self._scratch))
             for _, chunk in theirs.chunks():
-                mine.append(chunk if theirs.scratch is None else chunk.clone())
+                mine.append(chunk)
 
     def _restore_basis(self, name: str, basis: Basis) -> None:
         super()._restore_basis(name, basis)

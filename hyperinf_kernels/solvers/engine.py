@@ -18,7 +18,7 @@ from .damping import DEFAULT_DAMPING, Damping, as_damping
 from .datainf import DataInf
 from .exact import Exact
 from .flat import FlatSolver
-from .gram import Seen
+from .gram import BlockGram, Seen
 from .inputs import Gradients, check_shapes, sum_square
 from .lissa import LiSSA
 from .report import BlockReport
@@ -45,10 +45,10 @@ class GramEngine:
     DataInf, exact, CG, LiSSA and gradient dot all follow from the two at every damping. A grid of
     dampings costs a Cholesky factorisation each for the exact method, or one eigendecomposition per
     block in all where that is cheaper. Blocks are worked through one after the other, so memory is
-    the rows (or none of them, with `folder`) plus a few n x n matrices.
+    the rows plus a few n x n matrices, or neither with `folder`.
 
     Args:
-        folder: keep the rows in mapped files under this folder; None: in memory.
+        folder: as for the solvers of these methods.
     """
 
     def __init__(self, *, folder: str | os.PathLike[str] | None = None) -> None:
@@ -113,7 +113,9 @@ class GramEngine:
     def _block(self, solver: FlatSolver, name: str, V: Tensor, seen: Seen, dampings: int) -> Tensor:
         rows = self._store.rows[name]
         if dampings >= EIGH_PAYS and isinstance(solver, Exact) and rows.n < rows.width:
-            solver.gram(name).diagonalise()
+            gram = solver.gram(name)
+            if isinstance(gram, BlockGram):
+                gram.diagonalise()
         return solver.block_scores(name, V, seen)
 
     def _solvers(

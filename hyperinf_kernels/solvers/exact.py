@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import InputError
 from .flat import FlatSolver, relative
-from .gram import BlockGram, Seen, Span, rooted, seen_residual
+from .gram import Seen, Span, not_definite, rooted, seen_residual
+from .mapped_gram import Gram
 from .report import Outcome, precision_of
 
 MAX_REFINEMENTS = 5
@@ -31,7 +31,7 @@ class Exact(FlatSolver):
         super().reset()
         self._primal: tuple[str, float, int, Tensor] | None = None  # the latest D x D factor
 
-    def _span(self, gram: BlockGram, V: Tensor, L: Tensor, lam: float) -> Span:
+    def _span(self, gram: Gram, V: Tensor, L: Tensor, lam: float) -> Span:
         X = gram.solve(L, lam)
         return Span(1 / lam, X / -lam, scores=-gram.n * X)
 
@@ -53,7 +53,7 @@ class Exact(FlatSolver):
             S, residual, refinements = better, after, refinements + 1
             if not gained:
                 break
-        return S, self._judged(name, residual, refinements, precision_of(gram.K))
+        return S, self._judged(name, residual, refinements, precision_of(gram.dtype))
 
     def _solve(self, name: str, V: Tensor) -> tuple[Tensor, Outcome]:
         flat = V.flatten(1).double()
@@ -83,7 +83,7 @@ class Exact(FlatSolver):
         rows = self.rows[name]
         if rows.width <= rows.n:
             return float(self.moment(name).norm()) / rows.width**0.5
-        return float(self.gram(name).K.norm()) / rows.n / rows.width**0.5
+        return self.gram(name).norm / rows.n / rows.width**0.5
 
     def _factor(self, name: str) -> Tensor:
         key = (name, self.lambdas[name], self.rows[name].n)
@@ -92,10 +92,7 @@ class Exact(FlatSolver):
             A.diagonal().add_(self.lambdas[name])
             factor, info = torch.linalg.cholesky_ex(A)
             if int(info) > 0:
-                raise InputError(
-                    f"block {name}: curvature plus damping {self.lambdas[name]:g} is not positive "
-                    "definite in fp64; increase the damping"
-                )
+                raise not_definite(name, self.lambdas[name])
             self._primal = (*key, factor)
         return self._primal[3]
 

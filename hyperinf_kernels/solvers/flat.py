@@ -16,8 +16,10 @@ from .base import Solver
 from .damping import DEFAULT_DAMPING, Damping
 from .gram import BlockGram, Seen, Sketch, Span
 from .inputs import Gradients, check_shapes, sum_square
+from .mapped_gram import Gram, MappedGram
 from .report import RESIDUAL_LIMIT, Outcome, angle, precision_of
-from .rows import GradientRows, Scratch
+from .rows import GradientRows
+from .scratch import Scratch
 
 EPS32 = torch.finfo(torch.float32).eps
 FINE_GRAM = 0.1  # fp32 rounding over damping at which refinement would no longer contract
@@ -33,8 +35,9 @@ class FlatSolver(Solver):
 
     Args:
         damping: as for every solver.
-        folder: keep the rows in mapped files under this folder instead of memory; they are removed
-            with the solver. None: in memory.
+        folder: keep the rows in mapped files under this folder instead of memory, and a Gram
+            matrix of over 1 GiB with its factor too. The files have no names, so they are gone with
+            the solver or its process. None: in memory.
     """
 
     def __init__(
@@ -49,7 +52,7 @@ class FlatSolver(Solver):
     def reset(self) -> None:
         super().reset()
         self.rows: dict[str, GradientRows] = {}
-        self._grams: dict[str, BlockGram] = {}
+        self._grams: dict[str, Gram] = {}
         self._moments: dict[str, tuple[int, Tensor]] = {}
         self._sketches: dict[str, Sketch] = {}
         self._scratch = None if self.folder is None else Scratch(self.folder)
@@ -62,7 +65,7 @@ class FlatSolver(Solver):
         """Work on another solver's rows and Gram matrices, not on copies; for one more `fit`."""
         self.blocks, self.rows = other.blocks, other.rows
         self._grams, self._moments = other._grams, other._moments
-        self._sketches = other._sketches
+        self._sketches, self._scratch = other._sketches, other._scratch
 
     def forget_grams(self) -> None:
         """Free the n x n and D x D matrices and sketches; they are formed anew when needed."""
@@ -163,24 +166,28 @@ class FlatSolver(Solver):
                 V = group.to(accumulation_dtype(group))
                 seen = None
                 if small:
-                    K = self.gram(name).K[own].to(V.dtype)
+                    K = self.gram(name).between(own).to(V.dtype)
                     seen = Seen(K, self.sketch(name).image[own])
                 yield own, self.block_scores(name, V, seen)
                 start = own.stop
 
-    def gram(self, name: str) -> BlockGram:
+    def gram(self, name: str) -> Gram:
         """K of a fitted block, formed once: fp32, or fp64 where the damping asks for it."""
         rows = self.rows[name]
         bound = self._condition_bound(name) or float("inf")
         fine = torch.float64 if bound * EPS32 > FINE_GRAM else None
         held = self._grams.get(name)
-        if held is None or held.n != rows.n or (fine is not None and held.K.dtype != fine):
+        if held is None or held.n != rows.n or (fine is not None and held.dtype != fine):
             size = rows.n**2 * 4
             if size * len(self.blocks) > GRAM_BYTES:
                 self._grams.clear()
             for other in self._grams.values():
                 other.drop_factors()
-            held = self._grams[name] = BlockGram(name, rows, rows.gram(fine))
+            if self._scratch is not None and size > GRAM_BYTES:
+                held = MappedGram(name, rows, fine, self._scratch)
+            else:
+                held = BlockGram(name, rows, fine)
+            self._grams[name] = held
         return held
 
     def sketch(self, name: str) -> Sketch:
@@ -205,7 +212,7 @@ class FlatSolver(Solver):
         S = -(span.a * L + gram.image(span.B)) if span.scores is None else span.scores
         S = S.to(V.dtype)
         residual = self.sketch(name).residual(seen.LX, S, lam)
-        return S, self._judged(name, residual, span.iterations, precision_of(gram.K))
+        return S, self._judged(name, residual, span.iterations, precision_of(gram.dtype))
 
     def _solve(self, name: str, V: Tensor) -> tuple[Tensor, Outcome]:
         rows = self.rows[name]
@@ -223,7 +230,7 @@ class FlatSolver(Solver):
         """W (m, D) in fp64 for V (m, D), on the D x D side, and the steps it took."""
         raise NotImplementedError
 
-    def _span(self, gram: BlockGram, V: Tensor, L: Tensor, lam: float) -> Span:
+    def _span(self, gram: Gram, V: Tensor, L: Tensor, lam: float) -> Span:
         """The method in Gram space; V (m, D) serves for norms only, L (m, n) is fp64."""
         raise NotImplementedError
 
@@ -248,7 +255,7 @@ class FlatSolver(Solver):
         for name, theirs in other.rows.items():
             mine = self._rows_of(name, theirs.width)
             for _, chunk in theirs.chunks():
-                mine.append(chunk if theirs.scratch is None else chunk.clone())
+                mine.append(chunk)
 
     def _tensors(self) -> dict[str, Tensor]:
         return {name: rows.tensor() for name, rows in self.rows.items()}

@@ -159,7 +159,7 @@ class KFAC(Solver):
             W = basis.out_of(basis.into(V.double()) / E).to(V.dtype)
             error = _largest_error(W[places], exact)
         return W, Outcome(
-            precision=precision_of(W),
+            precision=precision_of(W.dtype),
             condition_bound=float(E.max() / E.min()),
             products=1,
             residual=error,

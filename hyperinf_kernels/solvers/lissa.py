@@ -11,7 +11,8 @@ from torch import Tensor
 from ..ops.bounds import upper_bound
 from .damping import DEFAULT_DAMPING, Damping
 from .flat import FlatSolver, relative
-from .gram import BlockGram, Span
+from .gram import Span
+from .mapped_gram import Gram
 from .report import Outcome
 
 CHECK_EVERY = 10
@@ -66,12 +67,12 @@ class LiSSA(FlatSolver):
         outcome = super()._judged(name, residual, iterations, "fp64")
         return replace(outcome, converged=note is None, fallback=note)
 
-    def _step(self, H: Tensor, lam: float) -> float:
-        return self.scale or 2 / (float(upper_bound(H)) + 2 * lam)
+    def _step(self, bound: float, lam: float) -> float:
+        return self.scale or 2 / (bound + 2 * lam)
 
     def _primal_solve(self, name: str, V: Tensor) -> tuple[Tensor, int]:
         H, lam = self.moment(name), self.lambdas[name]
-        s, R = self._step(H, lam), torch.zeros_like(V)
+        s, R = self._step(float(upper_bound(H)), lam), torch.zeros_like(V)
         for step in range(1, self.iterations + 1):
             E = V - R @ H - lam * R
             if step % CHECK_EVERY == 0 and relative(E, V) <= self.tol / 2:
@@ -79,18 +80,18 @@ class LiSSA(FlatSolver):
             R = R + s * E
         return R, self.iterations
 
-    def _span(self, gram: BlockGram, V: Tensor, L: Tensor, lam: float) -> Span:
+    def _span(self, gram: Gram, V: Tensor, L: Tensor, lam: float) -> Span:
         # R = a V + B P stays in the span of V and the rows, so only (a, B) is iterated
-        H = gram.K.double() / gram.n
-        s, a, B, steps = self._step(H, lam), 0.0, torch.zeros_like(L), self.iterations
+        times, n = gram.times(), gram.n
+        s, a, B, steps = self._step(gram.bound / n, lam), 0.0, torch.zeros_like(L), self.iterations
         size = float(V.double().square().sum())
         for step in range(1, self.iterations + 1):
-            image = a * L / gram.n + B @ H
+            image = (a * L + times(B)) / n
             # V - R A = e V + F P with e = 1 - lam a, F = -(image + lam B)
             e, F = 1 - lam * a, image.add(B, alpha=lam).neg_()
             if step % CHECK_EVERY == 0:
                 square = e * e * size + 2 * e * float((F * L).sum())
-                square += float((F @ H * F).sum()) * gram.n
+                square += float((times(F) * F).sum())
                 if square <= (self.tol / 2) ** 2 * size:
                     steps = step - 1
                     break

@@ -72,9 +72,9 @@ class Outcome:
     fallback: str | None = None
 
 
-def precision_of(tensor: Tensor) -> str:
+def precision_of(dtype: torch.dtype) -> str:
     """fp64 or fp32, the word of `BlockReport.precision`."""
-    return "fp64" if tensor.dtype == torch.float64 else "fp32"
+    return "fp64" if dtype == torch.float64 else "fp32"
 
 
 def angle(V: Tensor, W: Tensor) -> float | None:

@@ -167,4 +167,4 @@ def released(A: Tensor, V: Tensor, lam: float, start: float, iterations: int) ->
             "directions below 1 are scaled, not inverted"
         )
     W = V.to(A.dtype) @ X
-    return Solved(W, 2 * iterations, iterations, precision_of(A), fallback=note)
+    return Solved(W, 2 * iterations, iterations, precision_of(A.dtype), fallback=note)

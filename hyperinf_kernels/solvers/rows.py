@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-import uuid
-import weakref
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..errors import InputError
 from ..ops import gram_accumulate_
 from ..ops.checks import accumulation_dtype
+from .scratch import Scratch
 
 CHUNK_ROWS = 512
 SLICE = 256  # columns of P at a time, so that a slice in fp64 stays in cache
@@ -22,27 +17,6 @@ PAGE_SLICE = 1024  # of mapped rows: whole pages, so that none is read twice
 DEEP_SLICE = 2048  # columns at a time where P is used as it is
 RUN = 512  # numbers whose squares fp32 adds without noticeable loss
 SAFE = 1e15  # norms of runs between its inverse and it have squares inside fp32
-
-
-class Scratch:
-    """A folder of mapped rows inside `parent`, removed with the object that owns it."""
-
-    def __init__(self, parent: Path) -> None:
-        parent.mkdir(parents=True, exist_ok=True)
-        self.path = Path(tempfile.mkdtemp(prefix="hyperinf-rows-", dir=parent))
-        self.remove = weakref.finalize(self, shutil.rmtree, self.path, True)
-
-    def mapped(self, rows: Tensor) -> Tensor:
-        """The same numbers in a file that the system may page out.
-
-        Raises:
-            InputError: rows that are not in the memory of the CPU.
-        """
-        if rows.device.type != "cpu":
-            raise InputError(f"folder= keeps rows of the CPU in files, not of {rows.device}")
-        file = self.path / f"{uuid.uuid4().hex}.bin"
-        held = torch.from_file(str(file), shared=True, size=rows.numel(), dtype=rows.dtype)
-        return held.view_as(rows).copy_(rows)
 
 
 class GradientRows:
@@ -87,16 +61,26 @@ class GradientRows:
 
     def gram(self, dtype: torch.dtype | None = None) -> Tensor:
         """K = P P^T (n, n), summed in fp32 (fp64 for fp64 rows) unless `dtype` says otherwise."""
+        K: Tensor | None = None
+        for panel in self.gram_panels(dtype):
+            K = panel.new_empty(self.n, self.n) if K is None else K
+            start, stop = panel.shape[1] - len(panel), panel.shape[1]
+            K[start:stop, :stop] = panel
+            K[:start, start:stop] = panel[:, :start].mT
+        assert K is not None
+        return K
+
+    def gram_panels(self, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
+        """K by chunks: their rows, from the first column to the one on the diagonal."""
         self._join()
         dtype = dtype or accumulation_dtype(self._chunks[0])
-        K = torch.zeros(self.n, self.n, dtype=dtype, device=self._chunks[0].device)
-        for i, upper in self.chunks():
-            gram_accumulate_(K[i, i], upper)
-            for j, lower in self.chunks():
-                if j.start > i.start:
-                    gram_accumulate_(K[i, j], upper, lower)
-                    K[j, i] = K[i, j].mT
-        return K
+        for i, mine in self.chunks():
+            panel = torch.zeros(len(mine), i.stop, dtype=dtype, device=mine.device)
+            for j, other in self.chunks():
+                if j.start < i.start:
+                    gram_accumulate_(panel[:, j], mine, other)
+            gram_accumulate_(panel[:, i], mine)
+            yield panel
 
     def second_moment(self) -> Tensor:
         """P^T P (D, D) in fp64."""
