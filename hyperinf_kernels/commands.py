@@ -12,61 +12,46 @@ from .converge_command import converge
 from .errors import InputError
 from .info import as_text, collect
 from .ops import BackendError
+from .options import (
+    Adapter,
+    Alpha,
+    AnswerField,
+    Batch,
+    Bf16,
+    Blocks,
+    Damping,
+    Device,
+    Epochs,
+    Flip,
+    GroupField,
+    IdField,
+    Json,
+    LabelField,
+    Length,
+    Limit,
+    Method,
+    Model,
+    Output,
+    PerBlock,
+    PromptField,
+    Query,
+    QueryLimit,
+    Rank,
+    Rate,
+    Reduction,
+    RsLora,
+    Seed,
+    Target,
+    TextField,
+    Tokens,
+    TopK,
+    Train,
+    option,
+)
+from .plan_command import plan_table
 from .tasks.finetune import LoraTraining
 from .tasks.rows import Fields
 from .terminal import Bars, closing_table, quiet_libraries
-
-
-def option(text: str, *names: str, **more: Any) -> Any:
-    return typer.Option(*names, help=text, **more)
-
-
-Model = Annotated[str, option("Model folder, or smollm2 or minilm.", "--model")]
-Adapter = Annotated[str | None, option("Folder of a peft adapter.", "--adapter")]
-Train = Annotated[str, option("Training rows, JSON Lines.", "--train")]
-Query = Annotated[str, option("Query rows, JSON Lines.", "--query")]
-Method = Annotated[list[str], option(
-    "hyperinf, datainf, lissa, cg, exact or grad_dot, with options as hyperinf:mode=paper. "
-    "Repeat for several.", "--method", "-m")]  # fmt: skip
-Damping = Annotated[list[str], option(
-    "0.1 (times the mean squared gradient), abs:1e-3, trace:0.1, or a sum with +. "
-    "Repeat to compare.", "--damping")]  # fmt: skip
-Tokens = Annotated[list[str], option(
-    "Tokens in the loss: answer, prompt or all. Repeat to compare.", "--tokens")]  # fmt: skip
-Reduction = Annotated[str, option(
-    "Over the tokens of one example: sum or mean.", "--reduction")]  # fmt: skip
-Output = Annotated[Path, option("New folder for the results.", "--output", "-o")]
-Blocks = Annotated[str, option(
-    "lora, or a regular expression of parameter names.", "--blocks")]  # fmt: skip
-Batch = Annotated[int, option("Rows per batch.", "--batch-size")]
-Length = Annotated[int | None, option("Cut rows to this many tokens.", "--max-length")]
-Limit = Annotated[int | None, option("Draw this many training rows.", "--limit")]
-QueryLimit = Annotated[int | None, option("Draw this many queries.", "--query-limit")]
-TopK = Annotated[int | None, option(
-    "Keep only each query's most helpful and most harmful rows.", "--top-k")]  # fmt: skip
-Device = Annotated[str, option("cpu, cuda or cuda:1.", "--device")]
-Seed = Annotated[int, option("Seed of everything random.", "--seed")]
-Json = Annotated[bool, option("Print the result as one JSON document.", "--json")]
-PromptField = Annotated[str, option("Field of the prompt.", "--prompt-field")]
-AnswerField = Annotated[str, option("Field of the answer.", "--answer-field")]
-TextField = Annotated[str, option("Field of the text.", "--text-field")]
-LabelField = Annotated[str, option("Field of the label.", "--label-field")]
-GroupField = Annotated[str, option("Field of the class.", "--group-field")]
-IdField = Annotated[str, option("Field of the row's name.", "--id-field")]
-Epochs = Annotated[float, option(
-    "Fine-tune a LoRA adapter for so many epochs first (when no --adapter is given).",
-    "--epochs")]  # fmt: skip
-Rank = Annotated[int, option("LoRA rank.", "--lora-rank")]
-Alpha = Annotated[int, option("LoRA alpha.", "--lora-alpha")]
-Target = Annotated[list[str], option(
-    "Modules to tune; default: the query and value projections.", "--lora-target")]  # fmt: skip
-RsLora = Annotated[bool, option("Scale by alpha / sqrt(rank).", "--rslora")]
-Rate = Annotated[float, option("Learning rate.", "--learning-rate")]
-Bf16 = Annotated[
-    bool, option("Fine-tune under bf16 autocast: faster where the processor has it.", "--bf16")
-]
-Flip = Annotated[float, option("Share of training labels to flip first.", "--flip")]
-PerBlock = Annotated[bool, option("Write the split of every score over blocks.", "--per-block")]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -96,7 +81,10 @@ def run(job: str, as_json: bool, settings: dict[str, Any], **arguments: Any) -> 
     if as_json:
         # ASCII goes through a pipe of any encoding
         print(json.dumps(document, allow_nan=False))
-    closing_table(document, chosen.output)
+    if job == "plan":
+        plan_table(document)
+    else:
+        closing_table(document, chosen.output)
 
 
 def tuning(
@@ -281,6 +269,34 @@ def mislabeled(
         "query_limit": query_limit, "device": device, "seed": seed,
         "fields": Fields(text=text_field, label=label_field),
         "tuning": tuning(epochs, rank, alpha, target, rslora, rate, bf16, batch_size),
+    })  # fmt: skip
+
+
+@app.command()
+def plan(
+    model: Model,
+    train: Train,
+    query: Query,
+    adapter: Adapter = None,
+    method: Method = ["hyperinf", "datainf", "exact", "grad_dot"],  # noqa: B006
+    damping: Damping = ["0.1"],  # noqa: B006
+    blocks: Blocks = "lora",
+    limit: Limit = None,
+    query_limit: QueryLimit = None,
+    prompt_field: PromptField = "prompt",
+    answer_field: AnswerField = "answer",
+    text_field: TextField = "text",
+    label_field: LabelField = "label",
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """What each method would do with every block, its predicted cost and memory; runs nothing."""
+    run("plan", as_json, {
+        "model": model, "train": train, "query": query, "adapter": adapter,
+        "methods": tuple(method), "dampings": tuple(damping), "blocks": blocks, "limit": limit,
+        "query_limit": query_limit, "device": device,
+        "fields": Fields(prompt=prompt_field, answer=answer_field, text=text_field,
+                         label=label_field),
     })  # fmt: skip
 
 

@@ -12,6 +12,8 @@ from .attribution import Attributor, InfluenceScores
 from .document import environment, method_entry, query_entries, run_document
 from .errors import InputError
 from .files import write_json
+from .gradients import find_blocks
+from .plan_command import plan_document
 from .preparation import (
     Prepared,
     Settings,
@@ -120,6 +122,19 @@ def self_influence(s: Settings) -> dict[str, Any]:
     strength = -next(iter(results.values())).values[0].double().numpy()
     context = {"suspects": suspects(train, strength)}
     return _finish(s, prepared, "self-influence", results, {}, context)
+
+
+def plan(s: Settings) -> dict[str, Any]:
+    """What each method would do with every block; rows and model are read, nothing is computed."""
+    train, query, classes = read(s)
+    data = prepare(s, train, query, classes).data
+    shapes = {block.name: block.shape for block in find_blocks(data.model, s.blocks)}
+    plans = {
+        method.label: method.solver().plan(shapes, len(train), len(query), s.device)
+        for method in methods_of(s)
+    }
+    model = {"name": s.model, "adapter": s.adapter, **size_of(data)}
+    return plan_document(plans, model, len(train), len(query))
 
 
 def _identified(

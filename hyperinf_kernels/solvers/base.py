@@ -14,6 +14,7 @@ from ..ops.checks import accumulation_dtype
 from .damping import DEFAULT_DAMPING, Damping, as_damping
 from .inputs import Gradients, check_shapes, sum_square
 from .merging import check_mergeable
+from .planning import SolvePlan
 from .report import BlockReport, Outcome, angle, worse
 from .rows import GradientRows
 
@@ -193,6 +194,20 @@ class Solver:
             mine_state.sum_square += state.sum_square
         self.lambdas, self._reports = {}, {}
         return self
+
+    def plan(
+        self, shapes: Mapping[str, tuple[int, int]], n: int, queries: int, device: str = "cpu"
+    ) -> SolvePlan:
+        """How every block would be solved, its predicted cost and memory, before anything runs.
+
+        Args:
+            shapes: {block: (r, d)}. n: training samples. queries: query gradients.
+            device: whose rates to use, see `ops.costs`.
+
+        Raises:
+            InputError: a method without a cost model.
+        """
+        raise InputError(f"{self.method} has no cost model, so no plan")
 
     def half(self, grads: Gradients) -> dict[str, Tensor]:
         """Embeddings whose dot products are influence: half(x) . half(y) = <x A^-1, y> per block.

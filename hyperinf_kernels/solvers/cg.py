@@ -13,6 +13,7 @@ from .damping import DEFAULT_DAMPING, Damping
 from .flat import FlatSolver
 from .gram import Span
 from .mapped_gram import Gram
+from .planning import cg_steps, condition_bound
 from .report import RESIDUAL_LIMIT, Outcome
 
 
@@ -61,6 +62,9 @@ class CG(FlatSolver):
     def _primal_solve(self, name: str, V: Tensor) -> tuple[Tensor, int]:
         lam, H = self.lambdas[name], self.moment(name)
         return self._steps(Space(V, lambda x: x, lambda x, m: lam * x + x @ H))
+
+    def _steps_at_most(self, r: int, d: int, n: int) -> float:
+        return cg_steps(condition_bound(self.damping, r, d, r * d), min(n + 1, r * d), self.tol)
 
     def _judged(self, name: str, residual: float, iterations: int, precision: str) -> Outcome:
         # a tighter tolerance than the rounding of W can hold is met by the iterates, not by W

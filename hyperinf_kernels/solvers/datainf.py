@@ -8,10 +8,10 @@ from torch import Tensor
 from ..ops import explain, sherman_morrison
 from .flat import FlatSolver
 from .gram import Seen, rooted
+from .planning import GRAM_PAYS
 from .report import RESIDUAL_LIMIT, Outcome, precision_of
 
 PROBES = 4
-GRAM_PAYS = 4  # n^2 D for K against 4 m n D for two more products with P
 
 
 class DataInf(FlatSolver):

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..ops.checks import accumulation_dtype
+from ..ops.costs import rates_of
 from .base import Solver
 from .damping import DEFAULT_DAMPING, Damping
 from .gram import BlockGram, Seen, Sketch, Span
 from .inputs import Gradients, check_shapes, sum_square
 from .mapped_gram import Gram, MappedGram
+from .planning import SolvePlan, flat_work, plan
 from .report import RESIDUAL_LIMIT, Outcome, angle, precision_of
 from .rows import GradientRows
 from .scratch import Scratch
@@ -89,6 +91,18 @@ class FlatSolver(Solver):
                 f"{self.method} needs a positive one: without it the Fisher of {self.n} samples "
                 "is singular"
             )
+
+    def plan(
+        self, shapes: Mapping[str, tuple[int, int]], n: int, queries: int, device: str = "cpu"
+    ) -> SolvePlan:
+        works = lambda r, d: flat_work(  # noqa: E731
+            self.method, n, r * d, queries, self._steps_at_most(r, d, n)
+        )
+        return plan(shapes, n, queries, rates_of(device), works)
+
+    def _steps_at_most(self, r: int, d: int, n: int) -> float:
+        """Of an iterative method, from the damping rule."""
+        return 0.0
 
     def scores(self, queries: Gradients) -> dict[str, Tensor]:
         """Influence of the kept training rows on queries, `-<W_q, g_k>` per block.

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
+from ..ops.costs import rates_of
 from .base import Solver
 from .inputs import Gradients
+from .planning import SolvePlan, flat_work, plan
 from .report import Outcome
 from .rows import squares
 
@@ -16,6 +20,12 @@ class GradDot(Solver):
 
     method = "grad_dot"
     needs_damping = False
+
+    def plan(
+        self, shapes: Mapping[str, tuple[int, int]], n: int, queries: int, device: str = "cpu"
+    ) -> SolvePlan:
+        works = lambda r, d: flat_work(self.method, n, r * d, queries)  # noqa: E731
+        return plan(shapes, n, queries, rates_of(device), works)
 
     def _solve(self, name: str, V: Tensor) -> tuple[Tensor, Outcome]:
         return V, Outcome(residual=0.0)

@@ -18,7 +18,16 @@ from .damping import DEFAULT_DAMPING, Damping
 from .flat import relative
 from .gfim import Gfim, Side
 from .inputs import Gradients
-from .planning import ROUTES, SolvePlan, cheapest, plan, route_work
+from .planning import (
+    ROUTES,
+    SolvePlan,
+    Work,
+    cheapest,
+    condition_bound,
+    plan,
+    route_work,
+    scored,
+)
 from .report import RESIDUAL_LIMIT, Outcome
 
 Mode = Literal["converged", "paper"]
@@ -103,15 +112,21 @@ class HyperINF(Solver):
     def plan(
         self, shapes: Mapping[str, tuple[int, int]], n: int, queries: int, device: str = "cpu"
     ) -> SolvePlan:
-        """The route of every block and its predicted cost, before anything runs.
+        # the damping rule alone bounds each condition, so that the choice made once the gradients
+        # are known can only be a cheaper one
+        if self.mode == "paper":
+            raise InputError("mode='paper' has no cost model, so no plan")
 
-        Args:
-            shapes: {block: (r, d)}. n: training samples. queries: query gradients.
-            device: whose rates to use, see `ops.costs`.
-        """
-        return plan(
-            shapes, n, queries, rates_of(device), self.damping, side=self.side, inverse=self.inverse
-        )
+        def works(r: int, d: int) -> dict[str, Work]:
+            thin, size = (d, r) if self.side == "rows" else (r, d)
+            held = self.side == "cols" and self.inverse in ("auto", "dual")
+            condition = condition_bound(self.damping, r, d, size)
+            return scored(
+                route_work(n, thin, size, queries, condition, held_rows=held), n, r, d, queries
+            )
+
+        route = "direct" if self.side == "both" else self.inverse
+        return plan(shapes, n, queries, rates_of(device), works, route)
 
     def apply(self, queries: Gradients) -> dict[str, Tensor]:
         # blocks that are solved in one batch need each other's queries

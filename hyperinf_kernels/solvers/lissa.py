@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from .damping import DEFAULT_DAMPING, Damping
 from .flat import FlatSolver, relative
 from .gram import Span
 from .mapped_gram import Gram
+from .planning import condition_bound
 from .report import Outcome
 
 CHECK_EVERY = 10
@@ -52,6 +54,10 @@ class LiSSA(FlatSolver):
             raise ValueError(f"scale must be positive, got {scale}")
         self.iterations, self.tol, self.scale = iterations, tol, scale
         super().__init__(damping, folder=folder)
+
+    def _steps_at_most(self, r: int, d: int, n: int) -> float:
+        condition = condition_bound(self.damping, r, d, r * d)
+        return min(self.iterations, condition / 2 * math.log(1 / self.tol))
 
     def _judged(self, name: str, residual: float, iterations: int, precision: str) -> Outcome:
         note = None

@@ -1,9 +1,9 @@
-"""What solving each block would cost by each route, before anything runs."""
+"""What each block would cost by each route, in seconds and in memory, before anything runs."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ..ops.costs import Rates
@@ -14,13 +14,18 @@ from .damping import Damping
 ROUTES = ("direct", "schulz", "dual", "cg")
 THIN_STEPS = 8  # refinements behind a Schulz chain that stops at a residual of 0.1
 CG_TOL = 1e-7
+GRAM_PAYS = 4  # DataInf: n^2 D for K against 4 m n D for two more products with P
 
 
 @dataclass(frozen=True)
 class Work:
-    """Flop of one route, by the operation whose rate they run at, with its matrix size."""
+    """Flop of one route, by the operation whose rate they run at, with its matrix size.
+
+    `kept` counts the bytes that a solver holds of the block between its steps.
+    """
 
     parts: tuple[tuple[str, float, float], ...]
+    kept: float
 
     @property
     def flops(self) -> float:
@@ -41,14 +46,14 @@ def route_work(
     rows, thin = n * r, 2.0 * queries * r * d**2
     curvature = ("gfim", 2.0 * rows * d**2, d)
     chain = chain_products(condition, COARSE) * 2.0 * d**3
-    # the Chebyshev bound of conjugate gradients, which never take more than d steps
-    steps = min(float(d), math.sqrt(condition) / 2 * math.log(2 / CG_TOL))
+    steps = cg_steps(condition, d, CG_TOL)
+    kept = 8.0 * d**2
     found = {
-        "direct": Work((curvature, ("factor_fp64", d**3 / 3, d), ("thin_fp64", 2 * thin, d))),
+        "direct": Work((curvature, ("factor_fp64", d**3 / 3, d), ("thin_fp64", 2 * thin, d)), kept),
         "schulz": Work(
-            (curvature, ("gemm_fp32", chain, d), ("thin_fp64", THIN_STEPS * 2 * thin, d))
+            (curvature, ("gemm_fp32", chain, d), ("thin_fp64", THIN_STEPS * 2 * thin, d)), kept
         ),
-        "cg": Work((curvature, ("thin_fp64", (steps + 1) * thin, d))),
+        "cg": Work((curvature, ("thin_fp64", (steps + 1) * thin, d)), kept),
     }
     if held_rows and rows < d:
         apply = 2.0 * queries * r * rows * (2 * d + rows)
@@ -57,9 +62,44 @@ def route_work(
                 ("gfim", 2.0 * rows**2 * d, rows),
                 ("factor_fp64", rows**3 / 3, rows),
                 ("thin_fp64", 4 * apply, rows),
-            )
+            ),
+            4.0 * rows * d,
         )
     return found
+
+
+def cg_steps(condition: float, size: int, tol: float) -> float:
+    """The Chebyshev bound of conjugate gradients, which never take more steps than the size."""
+    return min(float(size), math.sqrt(condition) / 2 * math.log(2 / tol))
+
+
+def flat_work(method: str, n: int, width: int, queries: int, steps: float = 0.0) -> dict[str, Work]:
+    """Work of a method on flattened gradients, rows (n, width), with the scores of these rows.
+
+    `gram` is Gram space, `primal` the width x width side, `rows` products with the rows alone;
+    only the one that would run is listed. `steps`: of an iterative method, per query.
+    """
+    held = 4.0 * n * width
+    dots = ("gemm_fp32", 2.0 * queries * n * width, float(min(n, width)))
+    if method == "grad_dot":
+        return {"rows": Work((dots,), held)}
+    if method == "datainf" and (n >= width or n >= GRAM_PAYS * queries):
+        return {"rows": Work((dots, dots, dots), held)}
+    gram = n < width
+    side = float(min(n, width))
+    curvature = ("gemm_fp32", n**2 * width, side) if gram else ("gfim", 2.0 * n * width**2, side)
+    thin = 2.0 * queries * side**2
+    solve: tuple[tuple[str, float, float], ...] = (("thin_fp64", max(1.0, steps) * thin, side),)
+    if method == "exact":
+        solve = (("factor_fp64", side**3 / 3, side), ("thin_fp64", 2 * thin, side))
+    kept = held + (4 if gram else 8) * side**2 + (8 * side**2 if method == "exact" else 0)
+    return {"gram" if gram else "primal": Work((curvature, *solve, dots), kept)}
+
+
+def scored(works: Mapping[str, Work], n: int, r: int, d: int, queries: int) -> dict[str, Work]:
+    """The same routes with the dot products of W and n training gradients behind them."""
+    dots = ("gemm_fp32", 2.0 * queries * n * r * d, float(min(n, r * d)))
+    return {route: Work((*work.parts, dots), work.kept) for route, work in works.items()}
 
 
 def cheapest(works: Mapping[str, Work], rates: Rates) -> str:
@@ -85,12 +125,13 @@ class BlockPlan:
     route: str
     seconds: float
     flops: float
+    kept: float
     candidates: Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class SolvePlan:
-    """Every block's route; `str(plan)` is a table."""
+    """Every block's route; `str(plan)` is a table. Seconds and bytes are predictions."""
 
     n: int
     queries: int
@@ -105,43 +146,49 @@ class SolvePlan:
     def flops(self) -> float:
         return sum(block.flops for block in self.blocks)
 
+    @property
+    def kept(self) -> float:
+        """Bytes held between the steps."""
+        return sum(block.kept for block in self.blocks)
+
+    def groups(self) -> list[list[BlockPlan]]:
+        """Blocks of equal shape and route."""
+        found: dict[tuple[tuple[int, int], str], list[BlockPlan]] = {}
+        for block in self.blocks:
+            found.setdefault((block.shape, block.route), []).append(block)
+        return list(found.values())
+
     def __str__(self) -> str:
         lines = [
             f"{self.n} training samples, {self.queries} queries; rates {self.source}",
-            f"{'blocks':>6} {'shape':>14} {'route':>7} {'seconds':>9} {'Gflop':>9}  all routes",
+            f"{'blocks':>6} {'shape':>14} {'route':>7} {'seconds':>9} {'Gflop':>9} {'MiB':>9}"
+            "  all routes",
         ]
-        groups: dict[tuple[tuple[int, int], str], list[BlockPlan]] = {}
-        for block in self.blocks:
-            groups.setdefault((block.shape, block.route), []).append(block)
-        for (shape, route), members in groups.items():
-            others = ", ".join(f"{k} {v:.2g} s" for k, v in members[0].candidates.items())
-            total = sum(block.seconds for block in members)
-            flops = sum(block.flops for block in members) / 1e9
-            size = f"{shape[0]} x {shape[1]}"
+        for members in self.groups():
+            first, count = members[0], len(members)
+            others = ", ".join(f"{k} {v:.2g} s" for k, v in first.candidates.items())
+            size = f"{first.shape[0]} x {first.shape[1]}"
             lines.append(
-                f"{len(members):6} {size:>14} {route:>7} {total:9.3g} {flops:9.4g}  {others} each"
+                f"{count:6} {size:>14} {first.route:>7} {count * first.seconds:9.3g} "
+                f"{count * first.flops / 1e9:9.4g} {count * first.kept / 2**20:9.4g}  {others} each"
             )
-        lines.append(f"{'in all':>29} {self.seconds:9.3g} {self.flops / 1e9:9.4g}")
+        total = f"{self.seconds:9.3g} {self.flops / 1e9:9.4g} {self.kept / 2**20:9.4g}"
+        lines.append(f"{'in all':>29} {total}")
         return "\n".join(lines)
 
 
 def plan(
-    shapes: Mapping[str, tuple[int, int]], n: int, queries: int, rates: Rates, damping: Damping,
-    *, side: str = "cols", inverse: str = "auto",
+    shapes: Mapping[str, tuple[int, int]], n: int, queries: int, rates: Rates,
+    works_of: Callable[[int, int], Mapping[str, Work]], route: str = "auto",
 ) -> SolvePlan:  # fmt: skip
-    """Every block's route as `HyperINF` with these options would choose it.
-
-    The condition of each block is bounded by the damping rule alone, so that the choice made once
-    the gradients are known can only be a cheaper one.
-    """
+    """The given route of every block, or its cheapest, from the works of a shape (r, d)."""
     blocks = []
     for name, (r, d) in shapes.items():
-        thin, size = (d, r) if side == "rows" else (r, d)
-        condition = condition_bound(damping, r, d, size)
-        rows = side == "cols" and inverse in ("auto", "dual")
-        works = route_work(n, thin, size, queries, condition, held_rows=rows)
+        works = works_of(r, d)
         seconds = {route: work.seconds(rates) for route, work in works.items()}
-        route = inverse if inverse in works else cheapest(works, rates)
-        route = "direct" if side == "both" else route
-        blocks.append(BlockPlan(name, (r, d), route, seconds[route], works[route].flops, seconds))
+        chosen = route if route in works else cheapest(works, rates)
+        work = works[chosen]
+        blocks.append(
+            BlockPlan(name, (r, d), chosen, seconds[chosen], work.flops, work.kept, seconds)
+        )
     return SolvePlan(n, queries, rates.source, tuple(blocks))

@@ -7,6 +7,7 @@ import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -129,3 +130,37 @@ def test_bench_lists_every_gpu_kernel_as_compiled(
     assert [entry["kernel"] for entry in kernels[1:]] == [entry["kernel"] for entry in compiled]
     assert all(set(row) <= set(entry) for entry in kernels)
     assert "product" in ran.err
+
+
+def test_the_plan_is_printed_before_anything_runs(
+    hyperinf: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hyperinf_kernels.attribution.stream.gradient_batches", None)
+    monkeypatch.setattr("hyperinf_kernels.tasks.scoring.gradient_batches", None)
+    methods = "-m hyperinf -m datainf -m exact -m cg -m lissa -m grad_dot"
+    ran = done(hyperinf(SCORE.replace("score", "plan", 1) + f" {methods} --json"))
+    plan = json.loads(ran.out)
+    assert (plan["command"], plan["train"], plan["queries"]) == ("plan", 12, 4)
+    assert [len(entry["blocks"]) for entry in plan["methods"]] == [8] * 6
+    routes = {entry["label"]: {b["route"] for b in entry["blocks"]} for entry in plan["methods"]}
+    # 12 rows of rank 4 and 4 queries
+    assert routes["DataInf"] == routes["Exact"] == routes["CG"] == routes["LiSSA"] == {"gram"}
+    assert routes["Gradient dot"] == {"rows"}
+    assert "12 training rows, 4 queries" in ran.err
+    for entry in plan["methods"]:
+        assert entry["seconds"] == pytest.approx(sum(b["seconds"] for b in entry["blocks"]))
+        assert entry["seconds"] > 0
+        assert entry["kept_bytes"] >= sum(4 * 12 * r * d for r, d in _shapes(entry)) * (
+            entry["label"] != "HyperINF converged"
+        )
+    assert not list(Path().iterdir())
+
+
+def _shapes(entry: dict[str, Any]) -> list[list[int]]:
+    return [block["shape"] for block in entry["blocks"]]
+
+
+def test_a_method_without_a_cost_model_has_no_plan(hyperinf: Command) -> None:
+    ran = hyperinf(SCORE.replace("score", "plan", 1) + " -m ekfac")
+    assert ran.code == 2
+    assert ran.err.splitlines()[-1] == "error: ekfac has no cost model, so no plan"
