@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .block_gram import BlockGram
 from .damping import DEFAULT_DAMPING, Damping
 from .flat import FlatSolver
 from .gram import Span
-from .mapped_gram import Gram
 from .planning import cg_steps, condition_bound
 from .report import RESIDUAL_LIMIT, Outcome
 
@@ -74,11 +74,11 @@ class CG(FlatSolver):
         outcome = super()._judged(name, residual, iterations, "fp64")
         return replace(outcome, converged=note is None, fallback=note)
 
-    def _span(self, gram: Gram, V: Tensor, L: Tensor, lam: float) -> Span:
+    def _span(self, gram: BlockGram, V: Tensor, L: Tensor, lam: float) -> Span:
         X, steps = self._steps(self._gram_space(gram, V.double(), L, lam))
         return Span(X[:, :1], X[:, 1:], iterations=steps)
 
-    def _gram_space(self, gram: Gram, V: Tensor, L: Tensor, lam: float) -> Space:
+    def _gram_space(self, gram: BlockGram, V: Tensor, L: Tensor, lam: float) -> Space:
         """x = (a, b) stands for a v + b P."""
         times, size = gram.times(), V.square().sum(1, keepdim=True)
 

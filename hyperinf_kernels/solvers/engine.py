@@ -18,7 +18,7 @@ from .damping import DEFAULT_DAMPING, Damping, as_damping
 from .datainf import DataInf
 from .exact import Exact
 from .flat import FlatSolver
-from .gram import BlockGram, Seen
+from .gram import Seen
 from .inputs import Gradients, check_shapes, sum_square
 from .lissa import LiSSA
 from .report import BlockReport
@@ -114,7 +114,7 @@ class GramEngine:
         rows = self._store.rows[name]
         if dampings >= EIGH_PAYS and isinstance(solver, Exact) and rows.n < rows.width:
             gram = solver.gram(name)
-            if isinstance(gram, BlockGram):
+            if not gram.in_files:
                 gram.diagonalise()
         return solver.block_scores(name, V, seen)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .block_gram import BlockGram, not_definite
 from .flat import FlatSolver, relative
-from .gram import Seen, Span, not_definite, rooted, seen_residual
-from .mapped_gram import Gram
+from .gram import Seen, Span, rooted, seen_residual
 from .report import Outcome, precision_of
 
 MAX_REFINEMENTS = 5
@@ -31,7 +31,7 @@ class Exact(FlatSolver):
         super().reset()
         self._primal: tuple[str, float, int, Tensor] | None = None  # the latest D x D factor
 
-    def _span(self, gram: Gram, V: Tensor, L: Tensor, lam: float) -> Span:
+    def _span(self, gram: BlockGram, V: Tensor, L: Tensor, lam: float) -> Span:
         X = gram.solve(L, lam)
         return Span(1 / lam, X / -lam, scores=-gram.n * X)
 

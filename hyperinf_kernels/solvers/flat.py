@@ -14,10 +14,10 @@ from ..errors import InputError
 from ..ops.checks import accumulation_dtype
 from ..ops.costs import rates_of
 from .base import Solver
+from .block_gram import BlockGram
 from .damping import DEFAULT_DAMPING, Damping
-from .gram import BlockGram, Seen, Sketch, Span
+from .gram import Seen, Sketch, Span
 from .inputs import Gradients, check_shapes, sum_square
-from .mapped_gram import Gram, MappedGram
 from .planning import SolvePlan, flat_work, plan
 from .report import RESIDUAL_LIMIT, Outcome, angle, precision_of
 from .rows import GradientRows
@@ -54,7 +54,7 @@ class FlatSolver(Solver):
     def reset(self) -> None:
         super().reset()
         self.rows: dict[str, GradientRows] = {}
-        self._grams: dict[str, Gram] = {}
+        self._grams: dict[str, BlockGram] = {}
         self._moments: dict[str, tuple[int, Tensor]] = {}
         self._sketches: dict[str, Sketch] = {}
         self._scratch = None if self.folder is None else Scratch(self.folder)
@@ -185,7 +185,7 @@ class FlatSolver(Solver):
                 yield own, self.block_scores(name, V, seen)
                 start = own.stop
 
-    def gram(self, name: str) -> Gram:
+    def gram(self, name: str) -> BlockGram:
         """K of a fitted block, formed once: fp32, or fp64 where the damping asks for it."""
         rows = self.rows[name]
         bound = self._condition_bound(name) or float("inf")
@@ -197,11 +197,8 @@ class FlatSolver(Solver):
                 self._grams.clear()
             for other in self._grams.values():
                 other.drop_factors()
-            if self._scratch is not None and size > GRAM_BYTES:
-                held = MappedGram(name, rows, fine, self._scratch)
-            else:
-                held = BlockGram(name, rows, fine)
-            self._grams[name] = held
+            scratch = self._scratch if size > GRAM_BYTES else None
+            held = self._grams[name] = BlockGram(name, rows, fine, scratch)
         return held
 
     def sketch(self, name: str) -> Sketch:
@@ -244,7 +241,7 @@ class FlatSolver(Solver):
         """W (m, D) in fp64 for V (m, D), on the D x D side, and the steps it took."""
         raise NotImplementedError
 
-    def _span(self, gram: Gram, V: Tensor, L: Tensor, lam: float) -> Span:
+    def _span(self, gram: BlockGram, V: Tensor, L: Tensor, lam: float) -> Span:
         """The method in Gram space; V (m, D) serves for norms only, L (m, n) is fp64."""
         raise NotImplementedError
 

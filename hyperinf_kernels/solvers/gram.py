@@ -6,15 +6,12 @@ functions of K and L = V P^T alone, so the scores -W P^T = -(a L + B K) need no 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..errors import InputError
-from ..ops.bounds import upper_bound
 from .rows import GradientRows
 
 PROBES = 12  # a norm is off by a factor of two once in 200 even where a single query counts
@@ -31,90 +28,6 @@ class Span:
     B: Tensor
     scores: Tensor | None = None
     iterations: int = 0
-
-
-class BlockGram:
-    """K = P P^T of one block in memory, with its latest factorisation or its eigenvectors."""
-
-    def __init__(self, name: str, rows: GradientRows, dtype: torch.dtype | None = None) -> None:
-        self.name, self.n, self.K = name, rows.n, rows.gram(dtype)
-        self._factor: tuple[float, Tensor] | None = None
-        self._spectrum: tuple[Tensor, Tensor] | None = None
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.K.dtype
-
-    @property
-    def norms_sq(self) -> Tensor:
-        """||g_i||^2 (n,) in fp64."""
-        return self.K.diagonal().double()
-
-    @property
-    def norm(self) -> float:
-        """||K||_F."""
-        return float(self.K.norm())
-
-    @property
-    def bound(self) -> float:
-        """An upper bound of K's eigenvalues."""
-        return float(upper_bound(self.K.double()))
-
-    def between(self, rows: slice) -> Tensor:
-        """K[rows] (b, n)."""
-        return self.K[rows]
-
-    def image(self, X: Tensor) -> Tensor:
-        """X K (m, n) in fp64."""
-        return X.double() @ self.K.double()
-
-    def times(self) -> Callable[[Tensor], Tensor]:
-        """`image`, for many calls."""
-        K = self.K.double()
-        return lambda X: X.double() @ K
-
-    def whole(self) -> Tensor:
-        """K (n, n) in fp64; not to be written to."""
-        return self.K.double()
-
-    def diagonalise(self) -> tuple[Tensor, Tensor]:
-        """K = U diag(k) U^T in fp64: afterwards `solve` costs 4 m n^2 flop at any damping."""
-        if self._spectrum is None:
-            k, U = torch.linalg.eigh(self.K.double())
-            self._spectrum = (k.clamp_min(0), U)
-        return self._spectrum
-
-    def solve(self, X: Tensor, lam: float) -> Tensor:
-        """X (K + n lambda I)^-1 (m, n) in fp64.
-
-        Raises:
-            InputError: K + n lambda I is not positive definite in fp64.
-        """
-        if self._spectrum is not None:
-            k, U = self._spectrum
-            return (X @ U / (k + self.n * lam)) @ U.mT
-        if self._factor is None or self._factor[0] != lam:
-            self._factor = None
-            A = self.K.double()
-            # fp64 rows make `double` return K itself
-            A = A.clone() if A.data_ptr() == self.K.data_ptr() else A
-            A.diagonal().add_(self.n * lam)
-            factor, info = torch.linalg.cholesky_ex(A)
-            if int(info) > 0:
-                raise not_definite(self.name, lam)
-            self._factor = (lam, factor)
-        return torch.cholesky_solve(X.mT, self._factor[1]).mT
-
-    def drop_factors(self) -> None:
-        """Free what `solve` keeps between calls."""
-        self._factor = self._spectrum = None
-
-
-def not_definite(name: str, lam: float) -> InputError:
-    return InputError(
-        f"block {name}: curvature plus damping {lam:g} is not positive definite in fp64; "
-        "increase the damping"
-    )
 
 
 class Seen(NamedTuple):

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ..ops.bounds import upper_bound
+from .block_gram import BlockGram
 from .damping import DEFAULT_DAMPING, Damping
 from .flat import FlatSolver, relative
 from .gram import Span
-from .mapped_gram import Gram
 from .planning import condition_bound
 from .report import Outcome
 
@@ -86,7 +86,7 @@ class LiSSA(FlatSolver):
             R = R + s * E
         return R, self.iterations
 
-    def _span(self, gram: Gram, V: Tensor, L: Tensor, lam: float) -> Span:
+    def _span(self, gram: BlockGram, V: Tensor, L: Tensor, lam: float) -> Span:
         # R = a V + B P stays in the span of V and the rows, so only (a, B) is iterated
         times, n = gram.times(), gram.n
         s, a, B, steps = self._step(gram.bound / n, lam), 0.0, torch.zeros_like(L), self.iterations

@@ -59,19 +59,11 @@ class GradientRows:
             yield slice(start, start + len(chunk)), chunk if dtype is None else chunk.to(dtype)
             start += len(chunk)
 
-    def gram(self, dtype: torch.dtype | None = None) -> Tensor:
-        """K = P P^T (n, n), summed in fp32 (fp64 for fp64 rows) unless `dtype` says otherwise."""
-        K: Tensor | None = None
-        for panel in self.gram_panels(dtype):
-            K = panel.new_empty(self.n, self.n) if K is None else K
-            start, stop = panel.shape[1] - len(panel), panel.shape[1]
-            K[start:stop, :stop] = panel
-            K[:start, start:stop] = panel[:, :start].mT
-        assert K is not None
-        return K
-
     def gram_panels(self, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
-        """K by chunks: their rows, from the first column to the one on the diagonal."""
+        """K = P P^T by chunks: their rows, from the first column to the last of their own.
+
+        Summed in fp32 (fp64 for fp64 rows) unless `dtype` says otherwise.
+        """
         self._join()
         dtype = dtype or accumulation_dtype(self._chunks[0])
         for i, mine in self.chunks():
