@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from .accumulate import gfim_accumulate_
-from .costs import OPERATIONS, Rate, Rates
+from .costs import OPERATIONS, SMALLEST, Rate, Rates
+from .spd_inverse import spd_inverse
 
-SIZES = (64, 256, 1024)
+SIZES = (int(SMALLEST), 64, 256, 1024, 2048)
 REPEATS = 5
 BATCH_NUMBERS = 1 << 20  # smaller matrices are timed in batches of about so many numbers
 THIN_ROWS = 16
@@ -25,7 +26,7 @@ def calibrate(
 ) -> Rates:  # fmt: skip
     """Time every operation at each size, median of `REPEATS`, and fit peak and half-peak size.
 
-    About half a minute on two cores.
+    About a minute on two cores.
     """
     table = {}
     for i, name in enumerate(OPERATIONS):
@@ -44,17 +45,19 @@ def calibrate(
 def fit(points: list[tuple[int, float]]) -> Rate:
     """Peak and half of rate = peak d / (d + half) through (d, flop per second) points.
 
-    1 / rate = 1 / peak + (half / peak) / d is a line in 1 / d; a slope below zero (small matrices
-    faster than large ones) becomes the mean rate.
+    1 / rate = 1 / peak + (half / peak) / d is a line in 1 / d, fitted for equal relative errors; a
+    slope below zero (small matrices faster than large ones) becomes the rate of the largest size.
     """
     x = [1 / d for d, _ in points]
     y = [1 / rate for _, rate in points]
-    mean_x, mean_y = statistics.fmean(x), statistics.fmean(y)
-    spread = sum((a - mean_x) ** 2 for a in x)
-    slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / (spread or 1)
+    weights = [rate**2 for _, rate in points]
+    mean_x, mean_y = statistics.fmean(x, weights), statistics.fmean(y, weights)
+    spread = sum(w * (a - mean_x) ** 2 for w, a in zip(weights, x, strict=True))
+    slope = sum(w * (a - mean_x) * (b - mean_y) for w, a, b in zip(weights, x, y, strict=True)) / (
+        spread or 1
+    )
     level = mean_y - slope * mean_x
     if slope < 0 or level <= 0:
-        # the largest size says most about large problems
         return Rate(points[-1][1], 0.0)
     return Rate(1 / level, slope / level)
 
@@ -72,8 +75,7 @@ def _rate(name: str, d: int, device: str) -> float:
     if operation == "factor":
         return d**3 / 3 * batch / _seconds(lambda: torch.linalg.cholesky(A), device)
     if operation == "inverse":
-        invert: Callable[[], object] = lambda: torch.cholesky_inverse(torch.linalg.cholesky(A))  # noqa: E731
-        return d**3 * batch / _seconds(invert, device)
+        return d**3 * batch / _seconds(lambda: spd_inverse(A, method="direct"), device)
     if operation == "thin":
         V = A[:, :THIN_ROWS].clone()
         return 2 * THIN_ROWS * d**2 * batch / _seconds(lambda: V @ A, device)
