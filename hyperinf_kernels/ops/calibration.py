@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .accumulate import gfim_accumulate_
+from .accumulate import gfim_accumulate_, gram_accumulate_
 from .costs import OPERATIONS, SMALLEST, Rate, Rates
 from .spd_inverse import spd_inverse
 
@@ -79,6 +79,9 @@ def _rate(name: str, d: int, device: str) -> float:
     if operation == "thin":
         V = A[:, :THIN_ROWS].clone()
         return 2 * THIN_ROWS * d**2 * batch / _seconds(lambda: V @ A, device)
+    if operation == "gram":
+        K = torch.zeros(batch, d, d, device=device)
+        return 2 * d**3 * batch / _seconds(lambda: gram_accumulate_(K, rows), device)
     total = torch.zeros(d, d, dtype=torch.float64, device=device)
     samples = rows.reshape(-1, 8, d)
     return 2 * batch * d**3 / _seconds(lambda: gfim_accumulate_(total, samples), device)

@@ -22,9 +22,10 @@ from .schedule import chain_products
 
 FORMAT = 1
 SMALLEST = 16.0  # size below which no rate is measured and the law is not trusted
-# operations by what limits them; the suffix is the dtype of the arithmetic
+# operations by what limits them; the suffix is the dtype of the arithmetic. `gfim` adds fp32 rows
+# in fp64, `gram` in fp32, both symmetric but counted as full products
 OPERATIONS = ("gemm_fp32", "gemm_fp64", "factor_fp64", "inverse_fp32", "inverse_fp64",
-              "thin_fp64", "gfim")  # fmt: skip
+              "thin_fp64", "gfim", "gram")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,13 @@ SHIPPED = {
         "cpu", "shipped: calibrated with compiled kernels on 2 cores of an AMD EPYC, AVX-512",
         gemm_fp32=(2.1e11, 25), gemm_fp64=(1.03e11, 38), factor_fp64=(4.5e10, 370),
         inverse_fp32=(5.7e10, 5), inverse_fp64=(3.0e10, 355), thin_fp64=(7.2e10, 19),
-        gfim=(4.0e11, 93),
+        gfim=(4.0e11, 93), gram=(8.1e11, 265),
     ),
     "cuda": _rates(
         "cuda", "shipped: assumed from data sheets of data-centre GPUs, not measured",
         gemm_fp32=(4e13, 500), gemm_fp64=(3e13, 500), factor_fp64=(2e12, 4000),
         inverse_fp32=(3e12, 4000), inverse_fp64=(2e12, 4000), thin_fp64=(5e11, 500),
-        gfim=(3e13, 500),
+        gfim=(3e13, 500), gram=(4e13, 500),
     ),
 }  # fmt: skip
 

@@ -87,7 +87,7 @@ def flat_work(method: str, n: int, width: int, queries: int, steps: float = 0.0)
         return {"rows": Work((dots, dots, dots), held)}
     gram = n < width
     side = float(min(n, width))
-    curvature = ("gemm_fp32", n**2 * width, side) if gram else ("gfim", 2.0 * n * width**2, side)
+    curvature = ("gram", 2.0 * n**2 * width, side) if gram else ("gfim", 2.0 * n * width**2, side)
     thin = 2.0 * queries * side**2
     solve: tuple[tuple[str, float, float], ...] = (("thin_fp64", max(1.0, steps) * thin, side),)
     if method == "exact":
