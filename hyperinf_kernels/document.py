@@ -13,6 +13,7 @@ import torch
 from . import __version__
 from .attribution import InfluenceScores
 from .ops.dispatch import backends_used
+from .solvers.planning import SolvePlan
 from .tasks.rows import Row
 
 FORMAT = 1
@@ -128,4 +129,39 @@ def _text(row: Row) -> dict[str, Any]:
         "prompt": row.prompt,
         "answer": None if answer is None else str(answer),
         "class": None if group is None else str(group),
+    }
+
+
+def plan_document(
+    plans: Mapping[str, SolvePlan], model: Mapping[str, Any], n: int, queries: int
+) -> dict[str, Any]:
+    """One JSON document for the plans of all methods, by label."""
+    return {
+        "format": 1,
+        "command": "plan",
+        "model": dict(model),
+        "train": n,
+        "queries": queries,
+        "rates": next(iter(plans.values())).source,
+        "methods": [
+            {
+                "label": label,
+                "seconds": found.seconds,
+                "flops": found.flops,
+                "kept_bytes": found.kept,
+                "blocks": [
+                    {
+                        "block": block.block,
+                        "shape": list(block.shape),
+                        "route": block.route,
+                        "seconds": block.seconds,
+                        "flops": block.flops,
+                        "kept_bytes": block.kept,
+                        "candidates": dict(block.candidates),
+                    }
+                    for block in found.blocks
+                ],
+            }
+            for label, found in plans.items()
+        ],
     }

@@ -9,11 +9,17 @@ from typing import Any
 import numpy as np
 
 from .attribution import Attributor, InfluenceScores
-from .document import environment, method_entry, query_entries, run_document
+from .attribution.saved import check_new
+from .document import (
+    environment,
+    method_entry,
+    plan_document,
+    query_entries,
+    run_document,
+)
 from .errors import InputError
 from .files import write_json
 from .gradients import find_blocks
-from .plan_command import plan_document
 from .preparation import (
     Prepared,
     Settings,
@@ -27,18 +33,71 @@ from .preparation import (
 from .report import render_html
 from .tasks import sentences
 from .tasks.identification import check_groups, corrupted_rows, same_class
+from .tasks.methods import LABELS
 from .tasks.mislabeled import baselines, harm_scores, summary, suspects, training_losses
 from .tasks.rows import Row, flip_labels, write_rows
 from .tasks.scoring import score_methods, size_of, with_loss
+from .tasks.selection import most_helpful
 from .tasks.workspace import output_folder
 
 
 def score(s: Settings) -> dict[str, Any]:
     """Influence of every training row on every query."""
     prepared = prepare(s, *read(s))
-    results = _all_methods(s, prepared)
+    results = _all_methods(s, prepared) if s.fitted is None else _by_fitted(s, prepared)
     context = {"queries": query_entries(results, prepared.train, prepared.query)}
     return _finish(s, prepared, "score", results, {}, context)
+
+
+def fit(s: Settings) -> dict[str, Any]:
+    """Curvature of the training rows, saved for `score --fitted`."""
+    check_new(s.output)
+    train, _, classes = read(replace(s, query=s.train))
+    prepared = prepare(s, train, [], classes)
+    (method,) = methods_of(s)
+    data = prepared.data
+    attributor = Attributor(
+        data.model, loss=data.loss, blocks=s.blocks, method=method.solver(), progress=s.progress
+    ).fit(data.train)
+    attributor.save(s.output)
+    return {
+        "format": 1,
+        "command": "fit",
+        "method": method.label,
+        "loss": str(data.loss),
+        "model": {"name": s.model, "adapter": s.adapter, **size_of(data)},
+        "train": {"source": s.train, "rows": len(train)},
+        "seconds": prepared.seconds | attributor.seconds,
+        "output": str(s.output),
+    }
+
+
+def select(s: Settings, share: float) -> dict[str, Any]:
+    """The training rows that help the queries most, as a smaller training set."""
+    if not 0 < share <= 1:
+        raise InputError(f"--share must be over 0 and at most 1, got {share:g}")
+    train, query, classes = read(s)
+    prepared = prepare(s, train, query, classes)
+    with clock(prepared.seconds, "methods"):
+        scored = harm_scores(prepared.data, methods_of(s), s.progress)
+    prepared.seconds.update(prepared.data.seconds)
+    chosen = {label: most_helpful(scores, train, share) for label, scores in scored.items()}
+    files = {
+        _named("selected", number, label, ".jsonl"): rows
+        for number, (label, rows) in enumerate(chosen.items())
+    }
+    mean = [Row(id="mean query", prompt=f"the mean gradient of {len(query)} queries")]
+    context = {
+        "queries": query_entries(scored, train, mean),
+        "selected": [
+            {"method": label, "rows": len(rows), "share": share, "ids": [row.id for row in rows]}
+            for label, rows in chosen.items()
+        ],
+    }
+    files = {
+        _named("selected", n, label, ".jsonl"): r for n, (label, r) in enumerate(chosen.items())
+    }
+    return _finish(s, prepared, "select", scored, {}, context, files)
 
 
 def identify(s: Settings) -> dict[str, Any]:
@@ -159,6 +218,15 @@ def _all_methods(s: Settings, p: Prepared) -> dict[str, InfluenceScores]:
     return results
 
 
+def _by_fitted(s: Settings, p: Prepared) -> dict[str, InfluenceScores]:
+    """The rows scored by a saved curvature, whose method and damping stand."""
+    data = p.data
+    attributor = Attributor.load(s.fitted or "", data.model, loss=data.loss, progress=s.progress)
+    scores = attributor.score(data.query, data.train, top_k=s.top_k, per_block=s.per_block)
+    p.seconds.update(attributor.seconds)
+    return {LABELS[attributor.solver.method]: scores.aligned(data.train_ids, data.query_ids)}
+
+
 def _finish(
     s: Settings,
     p: Prepared,
@@ -166,8 +234,9 @@ def _finish(
     results: Mapping[str, InfluenceScores],
     measured: Mapping[str, tuple[Mapping[str, Any], Sequence[Any]]],
     context: Mapping[str, Any],
+    rows: Mapping[str, Sequence[Row]] | None = None,
 ) -> dict[str, Any]:
-    """Write everything at once: scores, report.json, report.html, and the adapter if tuned here."""
+    """Write everything at once: scores, report, files of `rows`, and the adapter if tuned here."""
     entries = []
     for label, scores in results.items():
         metrics, curves = measured.get(label, ({}, []))
@@ -196,8 +265,9 @@ def _finish(
     page = render_html(document)
     with output_folder(s.output) as folder:
         for number, (label, scores) in enumerate(results.items()):
-            name = "scores.parquet" if number == 0 else f"scores-{_slug(label)}.parquet"
-            scores.to_parquet(folder / name)
+            scores.to_parquet(folder / _named("scores", number, label, ".parquet"))
+        for name, chosen in (rows or {}).items():
+            write_rows(chosen, folder / name, fields=s.fields)
         write_json(folder / "report.json", document)
         (folder / "report.html").write_text(page, encoding="utf-8")
         if p.skill is not None:
@@ -212,9 +282,15 @@ TITLES = {
     "score": "Which training examples shaped these answers",
     "identify": "Do queries find the training examples of their own class?",
     "mislabeled": "Training examples whose label looks wrong",
+    "select": "Training examples that help these queries most",
     "self-influence": "Training examples the model had to memorise",
     "demo": "Which training examples shaped these answers",
 }
+
+
+def _named(stem: str, number: int, label: str, ending: str) -> str:
+    """The first method's file has the plain name."""
+    return f"{stem}{ending}" if number == 0 else f"{stem}-{_slug(label)}{ending}"
 
 
 def _slug(label: str) -> str:

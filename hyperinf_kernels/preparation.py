@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .attribution.saved import read_document
 from .attribution.stream import Progress
 from .errors import InputError
 from .gradients import CausalLM, Loss, SequenceClassification
@@ -45,6 +46,7 @@ class Settings:
     top_k: int | None = None
     per_block: bool = False
     flip: float = 0.0
+    fitted: str | None = None
     tuning: LoraTraining | None = None
     device: str = "cpu"
     seed: int = 0
@@ -76,12 +78,21 @@ def check(s: Settings) -> None:
         raise InputError(f"--seed must be at least 0 and below 2^32, got {s.seed}")
     if s.per_block and s.top_k is not None:
         raise InputError("--per-block needs every score; leave --top-k out")
+    if s.fitted is not None and (s.methods, s.dampings, s.blocks) != (
+        Settings.methods, Settings.dampings, Settings.blocks
+    ):  # fmt: skip
+        raise InputError(
+            "--fitted brings its method, damping and blocks; leave --method, --damping and "
+            "--blocks out"
+        )
     tuned = s.adapter or s.tuning or (Path(s.model) / "adapter_config.json").exists()
     if s.blocks == "lora" and not tuned:
         raise InputError(
             "there is no LoRA adapter to attribute; give one with --adapter, let identify or "
             "mislabeled tune one with --epochs, or choose parameters of the model with --blocks"
         )
+    if s.fitted is not None:
+        read_document(Path(s.fitted))
     methods_of(s)
     losses_of(s, "generation")
     check_output(s.output)

@@ -118,9 +118,25 @@ def closing_table(document: Mapping[str, Any], output: Path) -> None:
     skill = document["model"].get("skill")
     if skill:
         console.print(f"{skill['unit']}: {skill['base']:.3f} before, {skill['tuned']:.3f} after")
-    spent = ", ".join(f"{name} {value:.1f} s" for name, value in document["seconds"].items())
-    console.print(f"time: {spent}")
+    console.print(_spent(document))
     console.print(f"report: {output / 'report.html'}", soft_wrap=True)
+
+
+def fitted_lines(document: Mapping[str, Any]) -> None:
+    """What was fitted, on what, and how to use it."""
+    console = Console(stderr=True, markup=False)
+    train, model = document["train"], document["model"]
+    console.print(
+        f"{document['method']}, {document['loss']}: {train['rows']} training rows, "
+        f"{model['blocks']} blocks"
+    )
+    console.print(_spent(document))
+    console.print(f"use it: hyperinf score --fitted {document['output']}", soft_wrap=True)
+
+
+def _spent(document: Mapping[str, Any]) -> str:
+    parts = (f"{name} {value:.1f} s" for name, value in document["seconds"].items())
+    return f"time: {', '.join(parts)}"
 
 
 def _verdict(entry: Mapping[str, Any]) -> str:

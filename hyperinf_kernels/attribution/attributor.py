@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..gradients import Loss, find_blocks, make_loss
 from ..gradients.capture import TokenSink
+from ..gradients.losses import described
 from ..gradients.tokens import check_token_factors
 from ..solvers import KFAC, BlockReport, Damping, FlatSolver, Solver, make_solver
 from . import saved
@@ -208,6 +209,7 @@ class Attributor:
             "options": self.solver.options(),
             "damping": vars(self.solver.damping),
             "loss": self.loss_name,
+            "loss_text": described(self.loss),
             "blocks": {name: list(shape) for name, shape in self.shapes.items()},
             "train_ids": self.train_ids,
             "solver": meta,
@@ -229,13 +231,17 @@ class Attributor:
             loss: needed when the saved one was a callable.
 
         Raises:
-            InputError: no saved attributor there, another format, or blocks that do not fit.
+            InputError: no saved attributor there, another format, blocks that do not fit, or
+                another loss than the saved one.
         """
         source = Path(folder)
         document, tensors = saved.read(source)
         loss = loss if loss is not None else document["loss"]
         if loss is None:
             raise InputError(f"{source} was saved with a callable loss; give it again as loss=")
+        given, known = described(make_loss(loss)), document["loss_text"]
+        if known is not None and given is not None and given != known:
+            raise InputError(f"{source} was fitted with {known}, not with {given}")
         names = list(document["blocks"])
         damping = Damping(**document["damping"])
         options = document["options"]

@@ -15,7 +15,13 @@ from ..errors import InputError
 from ..files import write_json
 
 FORMAT = 1
-KEYS = ("method", "options", "damping", "loss", "blocks", "train_ids", "solver")
+KEYS = ("method", "options", "damping", "loss", "loss_text", "blocks", "train_ids", "solver")
+
+
+def check_new(folder: Path) -> None:
+    """Raise InputError if the folder exists."""
+    if folder.exists():
+        raise InputError(f"{folder} exists already; choose a new folder")
 
 
 def write(folder: Path, document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -25,8 +31,7 @@ def write(folder: Path, document: Mapping[str, Any], tensors: Mapping[str, Tenso
         InputError: the folder exists already, or safetensors is missing.
     """
     save_file = _safetensors().save_file
-    if folder.exists():
-        raise InputError(f"{folder} exists already; choose a new folder")
+    check_new(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
@@ -44,24 +49,39 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The document and the tensors of a saved attributor.
 
     Raises:
-        InputError: nothing saved there, another format, a damaged file, or safetensors is missing.
+        InputError: as `read_document`, no or damaged tensors, or safetensors is missing.
     """
-    load_file = _safetensors().load_file
+    safetensors = _safetensors()
+    document = read_document(folder)
     try:
-        document = json.loads((folder / "attributor.json").read_text(encoding="utf-8"))
+        return document, safetensors.load_file(folder / "solver.safetensors")
+    except FileNotFoundError:
+        raise InputError(
+            f"{folder} holds no saved attributor: solver.safetensors is missing"
+        ) from None
+
+
+def read_document(folder: Path) -> dict[str, Any]:
+    """What a saved attributor says of itself.
+
+    Raises:
+        InputError: nothing saved there, another format, or a damaged file.
+    """
+    path = folder / "attributor.json"
+    try:
+        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if document["format"] != FORMAT:
             raise InputError(
                 f"{folder} has format {document['format']}, this version reads {FORMAT}"
             )
         missing = [key for key in KEYS if key not in document]
-        if missing:
-            raise InputError(f"{folder}/attributor.json lacks {', '.join(missing)}")
-        return document, load_file(folder / "solver.safetensors")
-    except FileNotFoundError as error:
-        name = Path(error.filename or "solver.safetensors").name
-        raise InputError(f"{folder} holds no saved attributor: {name} is missing") from None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise InputError(f"{folder}/attributor.json is damaged: {error}") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{folder} holds no saved attributor: {path.name} is missing") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged: {error}") from None
+    if missing:
+        raise InputError(f"{path} lacks {', '.join(missing)}")
+    return document
 
 
 def _safetensors() -> Any:

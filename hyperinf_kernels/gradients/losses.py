@@ -151,6 +151,14 @@ def make_loss(loss: str | Loss) -> Loss:
     return NAMED[loss]()
 
 
+OWN = (CausalLM, SequenceClassification, TokenClassification)
+
+
+def described(loss: Loss) -> str | None:
+    """What a loss of this module computes, in words; None for a callable of the user's."""
+    return str(loss) if isinstance(loss, OWN) else None
+
+
 def forward_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a batch that the model's forward takes, without labels and ids.
 

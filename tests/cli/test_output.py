@@ -107,7 +107,8 @@ def test_info(hyperinf: Command) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "score", "self-influence", "identify", "mislabeled", "info"]
+    "command",
+    ["demo", "score", "fit", "plan", "self-influence", "identify", "mislabeled", "select", "info"],
 )
 def test_every_command_has_help(hyperinf: Command, command: str) -> None:
     assert "--json" in done(hyperinf(f"{command} --help")).out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -191,3 +192,42 @@ def test_several_dampings_have_files_of_their_own(hyperinf: Command) -> None:
     ]  # fmt: skip
     first, second = (entry["blocks"][0]["damping"] for entry in document("out")["methods"])
     assert (first, second) == (1e3, 1e-3)
+
+
+def test_a_saved_curvature_gives_the_scores_of_one_run(hyperinf: Command) -> None:
+    for number, method in enumerate(("hyperinf", "datainf", "exact", "ekfac")):
+        fit = SCORE.replace("score", "fit", 1).replace(" --query {query}", "")
+        done(hyperinf(f"{fit} -m {method} --damping trace:0.1 --output fitted{number}"))
+        done(hyperinf(f"{SCORE} -m {method} --damping trace:0.1 --output once{number}"))
+        ran = done(hyperinf(f"{SCORE} --fitted fitted{number} --output later{number} --json"))
+        once, later = (scores(f"{run}{number}/scores.parquet") for run in ("once", "later"))
+        assert (later.query_ids, later.train_ids) == (once.query_ids, once.train_ids)
+        scale = float(once.values.abs().max())
+        assert float((later.values - once.values).abs().max()) <= 1e-5 * scale, method
+        (entry,) = json.loads(ran.out)["methods"]
+        assert entry["damping"] == str(hk.TraceDamping(0.1))
+
+
+def test_a_curvature_serves_a_pool_that_it_was_not_fitted_on(
+    hyperinf: Command, site: dict[str, Path]
+) -> None:
+    fit = SCORE.replace("score", "fit", 1).replace(" --query {query}", "")
+    done(hyperinf(f"{fit} --output fitted"))
+    pool = SCORE.replace("{train}", "{query}")
+    done(hyperinf(f"{pool} --fitted fitted --top-k 2 --output pool"))
+    assert pq.read_table("pool/scores.parquet").num_rows == 4 * 2 * 2
+
+
+def test_selection_keeps_the_rows_of_lowest_mean_influence(hyperinf: Command) -> None:
+    select = SCORE.replace("score", "select", 1)
+    done(hyperinf(f"{select} -m datainf -m grad_dot --share 0.34 --output few"))
+    done(hyperinf(f"{SCORE} -m datainf -m grad_dot --output all"))
+    for stem, name in (("selected", "scores"), ("selected-gradient-dot", "scores-gradient-dot")):
+        rows = records(Path(f"few/{stem}.jsonl"))
+        whole = scores(f"all/{name}.parquet")
+        mean = whole.values.mean(0)
+        best = [whole.train_ids[i] for i in mean.argsort(stable=True)[:4].tolist()]
+        assert [row["id"] for row in rows] == best
+        assert all(row["prompt"] and row["answer"] for row in rows)
+    selected = document("few")["selected"]
+    assert [entry["rows"] for entry in selected] == [4, 4]

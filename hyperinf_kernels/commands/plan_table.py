@@ -9,49 +9,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .solvers.planning import SolvePlan
-
-
-def plan_document(
-    plans: Mapping[str, SolvePlan], model: Mapping[str, Any], n: int, queries: int
-) -> dict[str, Any]:
-    """One JSON document for the plans of all methods, by label."""
-    return {
-        "format": 1,
-        "command": "plan",
-        "model": dict(model),
-        "train": n,
-        "queries": queries,
-        "rates": next(iter(plans.values())).source,
-        "methods": [
-            {
-                "label": label,
-                "seconds": found.seconds,
-                "flops": found.flops,
-                "kept_bytes": found.kept,
-                "blocks": [
-                    {
-                        "block": block.block,
-                        "shape": list(block.shape),
-                        "route": block.route,
-                        "seconds": block.seconds,
-                        "flops": block.flops,
-                        "kept_bytes": block.kept,
-                        "candidates": dict(block.candidates),
-                    }
-                    for block in found.blocks
-                ],
-            }
-            for label, found in plans.items()
-        ],
-    }
-
 
 def plan_table(document: Mapping[str, Any]) -> None:
     """The document as a table on stderr, a line per method, shape and route."""
     table = Table(
-        title=f"{document['train']} training rows, {document['queries']} queries; curvature, solve "
-        "and scores behind the gradients, predicted",
+        title=f"{document['train']} training rows, {document['queries']} queries. Predicted: "
+        "curvature, solve and scores, without the gradients",
         caption=f"rates {document['rates']}",
         title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD,
     )  # fmt: skip

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .errors import InputError
+from ..errors import InputError
 
 SHOWN = ((16, 256), (64, 256), (256, 97), (1024, 97), (1024, 1), (4096, 1))
 
@@ -44,22 +44,22 @@ def bench(
     if write and not tune:
         raise InputError("--write goes with --tune")
     # only now: these import torch's linear algebra
-    from .commands import check_device
-    from .files import write_json
-    from .ops import costs
-    from .ops.calibration import calibrate as measure
-    from .terminal import Bars
+    from ..files import write_json
+    from ..ops import costs
+    from ..ops.calibration import calibrate as measure
+    from ..terminal import Bars
+    from .running import check_device
 
     check_device(device)
     if output is not None and not calibrate:
         raise InputError("--output goes with --calibrate")
     if tune:
-        from .ops.triton.tune import tune_here
+        from ..ops.triton.tune import tune_here
 
         tune_here(write)
         return
     if aot:
-        from .aot_table import show
+        from ..aot_table import show
 
         show(as_json)
         return
@@ -80,7 +80,7 @@ def bench(
 
 
 def _choice(d: int, batch: int, found: Any) -> dict[str, Any]:
-    from .ops.costs import inverse_seconds
+    from ..ops.costs import inverse_seconds
 
     seconds = inverse_seconds(d, batch, 1e4, rates=found)
     cheaper = min(seconds, key=lambda route: seconds[route])
