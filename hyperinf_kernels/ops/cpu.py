@@ -22,6 +22,8 @@ SUMS = (torch.float32, torch.float64)
 LEAST_SIDE = 32
 LARGEST_SIDE, LARGEST_ALONE = 128, 64
 MANY_QUERIES, SHORT_ROWS = 32, 1024
+# measured: a slice of gradients that the next kernel still finds in cache
+CACHED_NUMBERS = 1 << 20
 COEFFICIENTS = 8
 
 
@@ -43,6 +45,22 @@ def sherman_morrison(V: Tensor, G: Tensor, lam: Tensor) -> Tensor:
         lam.reshape(batch).contiguous(),
     )
     return out.reshape(V.shape)
+
+
+def _refuse_factored(metas: tuple[TensorMeta, ...]) -> str | None:
+    return unfit(metas[:3], ROWS)
+
+
+@implements("sherman_morrison_factored", "cpu", _refuse_factored)
+def sherman_morrison_factored(V: Tensor, delta: Tensor, act: Tensor, lam: Tensor) -> Tensor:
+    """The mean over slices of gradients, each formed and read again while it is in cache."""
+    count, out = delta.shape[-3], torch.zeros(V.shape)
+    flat, each = V.flatten(-2), math.prod(V.shape[:-3]) * V.shape[-2] * V.shape[-1]
+    for part in reference.slices(count, each, CACHED_NUMBERS):
+        rows = per_sample_grad(delta[..., part, :, :], act[..., part, :, :]).flatten(-2)
+        share = rows.shape[-2] / count
+        out += sherman_morrison(flat, rows, lam).view(V.shape).mul_(share)
+    return out
 
 
 def _refuse_sums(metas: tuple[TensorMeta, ...]) -> str | None:
