@@ -24,6 +24,8 @@ LARGEST_SIDE, LARGEST_ALONE = 128, 64
 MANY_QUERIES, SHORT_ROWS = 32, 1024
 # measured: a slice of gradients that the next kernel still finds in cache
 CACHED_NUMBERS = 1 << 20
+# measured: that many matrices meet a tile of g in cache sooner than g as rows of a product
+FEW_MATRICES = 16
 COEFFICIENTS = 8
 
 
@@ -149,11 +151,18 @@ def per_sample_norm_sq(delta: Tensor, act: Tensor, ghost: bool) -> Tensor:
 
 @implements("per_sample_dot", "cpu", _refuse_factors)
 def per_sample_dot(delta: Tensor, act: Tensor, V: Tensor, ghost: bool) -> Tensor:
-    # a tile of g costs as much as its ghost, stays in cache and serves every V: so both methods
-    # run the same kernel
+    # a tile of g costs as much as its ghost and stays in cache, so both methods run one kernel
     del ghost
-    dots = torch.ops.hyperinf.per_sample_dot(*_factors(delta, act), V.float().contiguous())
-    return dots.reshape(*delta.shape[:-2], len(V))
+    lead = delta.shape[:-2]
+    delta, act = _factors(delta, act)
+    V = V.float().contiguous()
+    if len(V) <= FEW_MATRICES:
+        return torch.ops.hyperinf.per_sample_dot(delta, act, V).reshape(*lead, len(V))
+    out = torch.zeros(len(delta), len(V))
+    for part in reference.slices(len(delta), V.shape[1] * V.shape[2]):
+        rows = torch.ops.hyperinf.per_sample_grad(delta[part], act[part]).flatten(1)
+        _add_products(out[part], rows, V.flatten(1), 1.0)
+    return out.reshape(*lead, len(V))
 
 
 @implements("pairwise_dot", "cpu", _refuse_factors)
