@@ -127,12 +127,6 @@ def cholesky_inverse(device: Device, d: int, batch: int, condition: float) -> Fl
     return floor(op, device, "Cholesky, cuSOLVER", moved, float(batch) * d**3, 2, "ieee")
 
 
-def faster_inverse(device: Device, d: int, batch: int, condition: float) -> str:
-    """Whichever floor is lower, "direct" or "schulz"; `spd_inverse(method="auto")` follows it."""
-    direct = cholesky_inverse(device, d, batch, condition).seconds
-    return "direct" if direct <= schulz(device, d, batch, condition).seconds else "schulz"
-
-
 def sherman_morrison(device: Device, rows: int, columns: int, queries: int, width: int) -> Floor:
     """G of `width` bytes a number read once."""
     padded = 1 if queries == 1 else math.ceil(queries / QUERIES) * QUERIES
