@@ -87,10 +87,10 @@ def test_gfim_of_delta_and_act_in_slices(
     share: int, side: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch,
     allocations: Allocations,
 ) -> None:  # fmt: skip
-    from hyperinf_kernels.ops.triton import grad
+    from hyperinf_kernels.ops.triton import launch
 
     monkeypatch.setattr(entry, "l2_share", lambda arch: share)
-    monkeypatch.setattr(grad, "l2_share", lambda arch: 3 * (4 * 21 + 5 * 25) * 2)
+    monkeypatch.setattr(launch, "l2_share", lambda arch: 3 * (4 * 21 + 5 * 25) * 2)
     monkeypatch.setattr(reference, "SLICE_NUMBERS", 2 * 4 * 21)
     delta, act = random(8, 5, 4, dtype=dtype), random(8, 5, 21, dtype=dtype, seed=1)
     size = 21 if side == "cols" else 4
@@ -259,10 +259,10 @@ def test_factors_of_two_dtypes_and_strided_columns() -> None:
 @pytest.fixture(params=[None, 2], ids=["one slice", "slices of two"])
 def slices_of(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> object:
     """L2 so small that `n` gradients of 4 x 70 are a slice."""
-    from hyperinf_kernels.ops.triton import grad
+    from hyperinf_kernels.ops.triton import launch
 
     if request.param:
-        monkeypatch.setattr(grad, "l2_share", lambda arch: request.param * (4 * 70 + 11 * 74) * 2)
+        monkeypatch.setattr(launch, "l2_share", lambda arch: request.param * (4 * 70 + 11 * 74) * 2)
     return request.param
 
 

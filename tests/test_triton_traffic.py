@@ -252,9 +252,9 @@ CACHE = (SLICE + FACTORS) * 3 // 2
 
 @pytest.fixture
 def formed_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hyperinf_kernels.ops.triton import grad, launch
+    from hyperinf_kernels.ops.triton import launch
 
-    for module in (grad, face):
+    for module in (launch, face):
         monkeypatch.setattr(module, "l2_share", lambda arch: CACHE // 3)
     monkeypatch.setattr(launch, "MULTIPROCESSORS", dict.fromkeys((80, 90, 100), 2))
 
@@ -297,9 +297,9 @@ def test_slices_larger_than_the_cache_come_from_memory_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The counts above have teeth: the same sums with one slice of everything fail them."""
-    from hyperinf_kernels.ops.triton import grad
+    from hyperinf_kernels.ops.triton import launch
 
-    monkeypatch.setattr(grad, "l2_share", lambda arch: 3 * CACHE)
+    monkeypatch.setattr(launch, "l2_share", lambda arch: 3 * CACHE)
     delta, act = many_samples()
     V = random(3, RANK, COLUMNS, seed=2)
     with counted(CACHE) as cache:
@@ -350,8 +350,10 @@ def test_the_gpu_benchmark_checks_every_provider_and_names_its_floor() -> None:
         *gpu._sherman_morrison(20, 64, 2, 2),
         *gpu._gfim(64, 40, 4),
         *gpu._scoring(2, 5, 4, 40, 2),
+        *gpu._factored(3, 5, 4, 40, 2),
+        *gpu._gfim_factors(3, 5, 4, 40),
     ]
-    assert sum(row.provider == gpu.OURS for row in rows) == 5
+    assert sum(row.provider == gpu.OURS for row in rows) == 7
     assert all(row.error is not None and row.error < 1e-5 for row in rows)
     assert all("of the computed floor" in row.note for row in rows if row.provider == gpu.OURS)
 

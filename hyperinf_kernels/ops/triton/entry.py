@@ -155,9 +155,9 @@ def _add_formed(C: Tensor, rows: Tensor, cols: Tensor, alpha: float) -> None:
 
     # where C alone leaves L2, fewer and larger slices read it less often
     in_l2 = C.numel() * WORD <= l2_share(arch_of(C))
-    room = None if in_l2 else reference.SLICE_NUMBERS * WORD
+    most = None if in_l2 else reference.SLICE_NUMBERS // max(1, rows.shape[-1] * cols.shape[-1])
     rows, cols = prepared(rows, cols)
-    for _, grads in formed(rows, cols, room):
+    for _, grads in formed(rows, cols, most):
         stack = grads.flatten(0, 1)
         _add_products(C, stack, stack, alpha, symmetric=True)
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import choose
-from .launch import WORD, arch_of, l2_share, on_device, precision_here, products_of
+from .launch import arch_of, on_device, precision_here, products_of, slice_samples
 from .tile import dot
 
 
@@ -72,21 +72,18 @@ def _(out: Tensor, delta: Tensor, act: Tensor) -> None:
     return None
 
 
-def formed(delta: Tensor, act: Tensor, room: int | None = None) -> Iterator[tuple[slice, Tensor]]:
+def formed(delta: Tensor, act: Tensor, most: int | None = None) -> Iterator[tuple[slice, Tensor]]:
     """(samples, their gradients (b, O, I) in fp32), all in one buffer that the next slice reuses.
 
     Args:
         delta: (B, T, O). act: (B, T, I); as `per_sample_grad_` takes them.
-        room: bytes of the buffer. None: what a slice reads and leaves takes two thirds of L2, so
-            that reading the factors does not drive its gradients out. One gradient at least.
+        most: samples in the buffer. None: as many as stay in L2 (`slice_samples`).
     """
     samples, tokens, rows = delta.shape
     columns = act.shape[2]
-    each = WORD * rows * columns
-    if room is None:
-        room = 2 * l2_share(arch_of(delta))
-        each += tokens * (rows + columns) * delta.element_size()
-    step = max(1, min(samples, room // max(1, each)))
+    if most is None:
+        most = slice_samples(tokens, rows, columns, delta.element_size(), arch_of(delta))
+    step = max(1, min(samples, most))
     held = delta.new_empty(step, rows, columns, dtype=torch.float32)
     for first in range(0, samples, step):
         part = slice(first, min(first + step, samples))

@@ -63,6 +63,16 @@ def l2_share(arch: int) -> int:
     return L2_BYTES[arch] // 3
 
 
+def slice_samples(tokens: int, rows: int, columns: int, width: int, arch: int) -> int:
+    """Samples whose gradients stay in L2 until they are read, one at least.
+
+    Reading the factors (`width` bytes a number) must not drive the gradients out: together they
+    take two thirds of L2.
+    """
+    factors = tokens * (rows + columns) * width
+    return max(1, 2 * l2_share(arch) // max(1, WORD * rows * columns + factors))
+
+
 def chunk_rows(columns: int, bytes_each: int, arch: int, block: int) -> int:
     """Rows per chunk: `l2_share`, in whole row blocks."""
     return max(block, l2_share(arch) // (columns * bytes_each) // block * block)
