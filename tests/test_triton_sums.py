@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -140,6 +142,31 @@ def test_a_transposed_sum_is_added_where_it_lies() -> None:
     entry.gram_accumulate_(K0, G1, G2)
     peer = reference.gram_accumulate_(torch.zeros(9, 12, device=DEVICE), G1, G2)
     oracle.assert_as_exact_as(K0, oracle.gram(G1, G2), peer, k=K, floor=FLOOR)
+
+
+def test_a_sum_may_share_memory_with_its_rows() -> None:
+    """Both are read before either is written, as in torch."""
+    whole = random(140, 140)
+    K0 = whole[:70, :70]
+    expected = oracle.f64(K0) + oracle.gram(K0, K0)
+    peer = reference.gram_accumulate_(K0.clone(), K0.clone(), K0.clone())
+    entry.gram_accumulate_(K0, K0, K0)
+    oracle.assert_as_exact_as(K0, expected, peer, k=K, floor=FLOOR)
+
+
+@pytest.mark.skipif(not INTERPRETING, reason="a sparse file on CPU: set TRITON_INTERPRET=1")
+def test_rows_two_to_the_26_numbers_apart(tmp_path: Path) -> None:
+    """Beyond 32 bits after one step of the sum; the file is sparse."""
+    apart, depth = 1 << 26, 40
+    file = np.memmap(tmp_path / "rows", np.float16, "w+", shape=(apart * (depth - 1) + 3,))
+    far = torch.from_numpy(file).as_strided((depth, 3), (apart, 1))
+    near = random(depth, 3, dtype=torch.float16)
+    far.copy_(near)
+    C = torch.zeros(3, 3)
+    entry.gfim_accumulate_(C, far.unsqueeze(1), side="cols", alpha=1.0)
+    peer = reference.gfim_accumulate_(torch.zeros(3, 3), near.unsqueeze(1), side="cols", alpha=1.0)
+    expected = oracle.gfim_sum(near.unsqueeze(1))
+    oracle.assert_as_exact_as(C, expected, peer, k=K, floor=FLOOR)
 
 
 # --- Sherman-Morrison ---------------------------------------------------------------------------
@@ -311,20 +338,67 @@ def test_the_public_factored_form_takes_batches_and_says_who_ran() -> None:
         datainf_case(V[b].flatten(1), grads, float(lam[b]), W[b].flatten(1))
 
 
-def test_thousands_of_samples_through_a_few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hyperinf_kernels.ops.triton import per_sample
+# --- thousands, of which the interpreter runs a few programs -------------------------------------
 
-    samples = 5000
-    chosen = [0, 1, 4998, 4999]
-    if INTERPRETING:
-        kernel = FewPrograms(per_sample._per_sample_kernel, chosen)
-        monkeypatch.setattr(per_sample, "_per_sample_kernel", kernel)
-    delta, act = random(samples, 2, 3), random(samples, 2, 5, seed=1)
+THOUSANDS = 5000
+CHOSEN = [0, 1, THOUSANDS - 2, THOUSANDS - 1]
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """Run only the CHOSEN programs of a kernel, by module and name."""
+
+    def replace(module: str, kernel: str) -> None:
+        if INTERPRETING:
+            home = importlib.import_module(f"hyperinf_kernels.ops.triton.{module}")
+            monkeypatch.setattr(home, kernel, FewPrograms(getattr(home, kernel), CHOSEN))
+
+    return replace
+
+
+def test_thousands_of_samples(few: Callable[[str, str], None]) -> None:
+    few("per_sample", "_per_sample_kernel")
+    few("grad", "_grad_kernel")
+    delta, act = random(THOUSANDS, 2, 3), random(THOUSANDS, 2, 5, seed=1)
     V = random(2, 3, 5, seed=2)
-    dots = factors.per_sample_dot(delta, act, V, False)[chosen]
-    expected = oracle.per_sample_dot(delta[chosen], act[chosen], V)
-    peer = reference.per_sample_dot(delta[chosen], act[chosen], V, False)
-    oracle.assert_as_exact_as(dots, expected, peer, k=K, floor=FLOOR)
+    d, a = delta[CHOSEN], act[CHOSEN]
+    dots = factors.per_sample_dot(delta, act, V, False)[CHOSEN]
+    peer = reference.per_sample_dot(d, a, V, False)
+    oracle.assert_as_exact_as(dots, oracle.per_sample_dot(d, a, V), peer, k=K, floor=FLOOR)
+    grads = factors.per_sample_grad(delta, act)[CHOSEN]
+    peer = reference.per_sample_grad(d, a)
+    oracle.assert_as_exact_as(grads, oracle.per_sample_grad(d, a), peer, k=K, floor=FLOOR)
+
+
+def test_thousands_of_sums(few: Callable[[str, str], None]) -> None:
+    few("accumulate", "_accumulate_kernel")
+    grads = random(THOUSANDS, 3, 2, 5)
+    C = torch.zeros(THOUSANDS, 5, 5, device=DEVICE)
+    entry.gfim_accumulate_(C, grads, side="cols", alpha=1.0)
+    for b in CHOSEN:
+        peer = reference.gfim_accumulate_(torch.zeros_like(C[b]), grads[b], side="cols", alpha=1.0)
+        oracle.assert_as_exact_as(C[b], oracle.gfim_sum(grads[b]), peer, k=K, floor=FLOOR)
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_thousands_of_blocks(queries: int, few: Callable[[str, str], None]) -> None:
+    few("sherman_morrison", "_dots_kernel")
+    few("sherman_morrison", "_sum_kernel")
+    V, G = random(THOUSANDS, queries, 6), random(THOUSANDS, 4, 6, seed=1)
+    lam = torch.linspace(0.1, 1, THOUSANDS, device=DEVICE)
+    W = entry.sherman_morrison(V, G, lam)
+    for b in CHOSEN:
+        datainf_case(V[b], G[b], float(lam[b]), W[b])
+
+
+def test_thousands_of_queries_keep_their_best(few: Callable[[str, str], None]) -> None:
+    few("topk", "_topk_kernel")
+    scores = random(THOUSANDS, 9)
+    values, positions = topk_empty(THOUSANDS, 2, device=DEVICE)
+    entry.topk_merge_(values, positions, scores, 0, False)
+    order = scores[CHOSEN].argsort(dim=1, stable=True)[:, :2]
+    assert torch.equal(positions[CHOSEN], order)
+    assert torch.equal(values[CHOSEN], scores[CHOSEN].gather(1, order))
 
 
 # --- streaming top-k ----------------------------------------------------------------------------

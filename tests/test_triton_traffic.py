@@ -220,6 +220,20 @@ def test_chains_on_chip_read_a_and_write_x_once(d: int) -> None:
     assert cache.bytes() - scratch <= MOST * size_of(A, X)
 
 
+def test_the_scratch_of_resident_programs_fits_in_l2() -> None:
+    from hyperinf_kernels.ops.triton.launch import L2_BYTES, MULTIPROCESSORS
+    from hyperinf_kernels.ops.triton.resident import SLOTS
+    from hyperinf_kernels.ops.triton.schulz import resident_programs
+
+    for arch, l2 in L2_BYTES.items():
+        for side in (64, 128):
+            programs = resident_programs(10**6, side, arch)
+            assert programs * SLOTS.value * side * side * 4 <= l2
+            # and nearly every multiprocessor has one
+            assert programs >= 0.98 * MULTIPROCESSORS[arch]
+        assert resident_programs(3, 64, arch) == 3
+
+
 def test_gfim_reads_the_gradients_once_and_the_partial_sums_are_small(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -109,7 +109,9 @@ def _alike(*tensors: Tensor) -> tuple[Tensor, ...]:
 def _add_products(C: Tensor, X: Tensor, Y: Tensor | None, alpha: float) -> Tensor:
     """C (..., n1, n2) += alpha X Y^T; without Y, X X^T."""
     batch = math.prod(C.shape[:-2])
-    rows = [None if t is None else _apart(C, t).reshape(batch, *t.shape[-2:]) for t in (X, Y)]
+    rows = [
+        None if t is None else reference.apart(C, t).reshape(batch, *t.shape[-2:]) for t in (X, Y)
+    ]
     try:
         total = C.view(batch, *C.shape[-2:])
     except RuntimeError:
@@ -119,12 +121,6 @@ def _add_products(C: Tensor, X: Tensor, Y: Tensor | None, alpha: float) -> Tenso
         return C.add_(total.view(C.shape))
     torch.ops.hyperinf.gram_accumulate_(total, *rows, alpha)
     return C
-
-
-def _apart(out: Tensor, tensor: Tensor) -> Tensor:
-    """`tensor`, copied if it shares storage with `out`: it is read before `out` is written."""
-    shared = out.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
-    return tensor.clone() if shared else tensor
 
 
 def _refuse_factors(metas: tuple[TensorMeta, ...]) -> str | None:

@@ -119,6 +119,12 @@ def samples(tensor: Tensor, lead: torch.Size, keep: int) -> Tensor:
     return tensor.reshape(*lead, joined, *shape[len(shape) - keep :])
 
 
+def apart(out: Tensor, tensor: Tensor) -> Tensor:
+    """`tensor`, copied if it shares storage with `out`: kernels write one while they read both."""
+    shared = out.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+    return tensor.clone() if shared else tensor
+
+
 @implements("gram_accumulate_")
 def gram_accumulate_(K: Tensor, G1: Tensor, G2: Tensor) -> Tensor:
     dtype = accumulation_dtype(K, G1, G2)

@@ -167,7 +167,7 @@ def _add_products(C: Tensor, L: Tensor, R: Tensor, alpha: float, symmetric: bool
     from .accumulate import accumulate_
 
     batch = math.prod(C.shape[:-2])
-    left, right = (t.reshape(batch, *t.shape[-2:]) for t in (L, R))
+    left, right = (reference.apart(C, t).reshape(batch, *t.shape[-2:]) for t in (L, R))
     precision = products_of([L.dtype, R.dtype])
     try:
         total = C.view(batch, *C.shape[-2:])
