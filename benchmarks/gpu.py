@@ -40,6 +40,8 @@ def triton_kernels(quick: bool) -> Iterator[Measurement]:
     for rows, d, width in roofline.SUMS:
         yield from _gfim(rows // 16 if quick else rows, d, width)
     yield from _scoring(*roofline.SCORED)
+    yield from _factored(*roofline.FACTORED)
+    yield from _gfim_factors(*roofline.SUMMED)
 
 
 def this_device() -> roofline.Device | None:
@@ -162,18 +164,30 @@ def _gfim(rows: int, d: int, width: int) -> Iterator[Measurement]:
     )  # fmt: skip
 
 
+def _made(seed: int, **shapes: tuple[int, ...]) -> Mapping[str, Tensor]:
+    """Random tensors by name: V in fp32, factors in bf16."""
+    generator = torch.Generator(device=DEVICE).manual_seed(seed)
+    drawn = {
+        name: torch.randn(shape, device=DEVICE, generator=generator)
+        for name, shape in shapes.items()
+    }
+    return {name: t if name == "V" else t.bfloat16() for name, t in drawn.items()}
+
+
+def _wide(x: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    return tuple(x[name].double() for name in ("V", "delta", "act") if name in x)
+
+
 def _scoring(
     samples: int, tokens: int, rows: int, columns: int, queries: int
 ) -> Iterator[Measurement]:
     def make(seed: int) -> Mapping[str, Tensor]:
-        generator = torch.Generator(device=DEVICE).manual_seed(seed)
-        shapes = {"delta": (samples, tokens, rows), "act": (samples, tokens, columns),
-                  "V": (queries, rows, columns)}  # fmt: skip
-        drawn = {
-            name: torch.randn(shape, device=DEVICE, generator=generator)
-            for name, shape in shapes.items()
-        }
-        return {k: t if k == "V" else t.bfloat16() for k, t in drawn.items()}
+        return _made(seed, delta=(samples, tokens, rows), act=(samples, tokens, columns),
+                     V=(queries, rows, columns))  # fmt: skip
+
+    def truth(x: Mapping[str, Tensor]) -> Tensor:
+        V, delta, act = _wide(x)
+        return plain(delta, act, V, False)
 
     plain = reference.per_sample_dot
     ours = KERNELS["per_sample_dot"]["triton"].run
@@ -181,10 +195,52 @@ def _scoring(
         f"per_sample_dot, {samples} x {tokens} tokens, {rows} x {columns}, m={queries}", make,
         {"torch, gradients formed": lambda x: plain(x["delta"], x["act"], x["V"], False),
          OURS: lambda x: ours(x["delta"], x["act"], x["V"], False)},
-        lambda x: plain(x["delta"].double(), x["act"].double(), x["V"].double(), False),
+        truth,
         lambda device: roofline.scoring(
             device, samples, tokens, rows, columns, queries, ours=True
         ),
+    )  # fmt: skip
+
+
+def _factored(
+    samples: int, tokens: int, rows: int, columns: int, queries: int
+) -> Iterator[Measurement]:
+    lam = torch.tensor(0.1, device=DEVICE)
+
+    def make(seed: int) -> Mapping[str, Tensor]:
+        return _made(seed, delta=(samples, tokens, rows), act=(samples, tokens, columns),
+                     V=(queries, rows, columns))  # fmt: skip
+
+    plain = reference.sherman_morrison_factored
+    ours = KERNELS["sherman_morrison_factored"]["triton"].run
+    yield from compared(
+        f"sherman_morrison of {samples} x {tokens} tokens, {rows} x {columns}, m={queries}", make,
+        {"torch, gradients formed": lambda x: plain(x["V"], x["delta"], x["act"], lam),
+         OURS: lambda x: ours(x["V"], x["delta"], x["act"], lam)},
+        lambda x: plain(*_wide(x), lam.double()),
+        lambda device: roofline.factored(
+            device, samples, tokens, rows, columns, queries, ours=True
+        ),
+    )  # fmt: skip
+
+
+def _gfim_factors(samples: int, tokens: int, rows: int, columns: int) -> Iterator[Measurement]:
+    def make(seed: int) -> Mapping[str, Tensor]:
+        return _made(seed, delta=(samples, tokens, rows), act=(samples, tokens, columns))
+
+    def summed(kernel: Callable[..., Tensor], *factors: Tensor) -> Tensor:
+        C = torch.zeros(columns, columns, device=DEVICE, dtype=torch.float32)
+        C = C.double() if factors[0].dtype == torch.float64 else C
+        return kernel(C, *factors, side="cols", alpha=1.0)
+
+    plain = reference.gfim_accumulate_
+    ours = KERNELS["gfim_accumulate_"]["triton"].run
+    yield from compared(
+        f"gfim_accumulate_ of {samples} x {tokens} tokens, {rows} x {columns}", make,
+        {"torch, gradients formed": lambda x: summed(plain, x["delta"], x["act"]),
+         OURS: lambda x: summed(ours, x["delta"], x["act"])},
+        lambda x: summed(plain, *_wide(x)),
+        lambda device: roofline.gfim_factors(device, samples, tokens, rows, columns, ours=True),
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 
 from .ops.schedule import FREE_FIRST_STEP, PRODUCTS, cheapest_chain, degree_for
 from .ops.triton.configs import choose
-from .ops.triton.launch import QUERIES, chunk_rows
+from .ops.triton.launch import QUERIES, chunk_rows, slice_samples
 from .ops.triton.raster import GROUP
 
 WORD = 4  # bytes of fp32
@@ -62,12 +62,15 @@ class Floor:
 
 
 def floor(
-    op: str, device: Device, provider: str, moved: float, flop: float, launches: int, precision: str
-) -> Floor:
-    """Whichever of memory and arithmetic takes longer."""
-    memory, arithmetic = moved / device.memory, flop / device.flops[precision]
+    op: str, device: Device, provider: str, moved: float, flop: float, launches: int,
+    precision: str, forming: float = 0.0,
+) -> Floor:  # fmt: skip
+    """Whichever of memory and arithmetic takes longer; `forming` is further flop in bf16."""
+    memory = moved / device.memory
+    arithmetic = flop / device.flops[precision] + forming / device.flops["bf16"]
     bound = "memory" if memory >= arithmetic else f"{precision} arithmetic"
-    return Floor(op, device.name, provider, moved, flop, launches, max(memory, arithmetic), bound)
+    seconds = max(memory, arithmetic)
+    return Floor(op, device.name, provider, moved, flop + forming, launches, seconds, bound)
 
 
 def product_bytes(d: int, block: int, l2_bytes: int, terms: int = 0, outputs: int = 1) -> float:
@@ -127,12 +130,6 @@ def cholesky_inverse(device: Device, d: int, batch: int, condition: float) -> Fl
     return floor(op, device, "Cholesky, cuSOLVER", moved, float(batch) * d**3, 2, "ieee")
 
 
-def faster_inverse(device: Device, d: int, batch: int, condition: float) -> str:
-    """Whichever floor is lower, "direct" or "schulz"; `spd_inverse(method="auto")` follows it."""
-    direct = cholesky_inverse(device, d, batch, condition).seconds
-    return "direct" if direct <= schulz(device, d, batch, condition).seconds else "schulz"
-
-
 def sherman_morrison(device: Device, rows: int, columns: int, queries: int, width: int) -> Floor:
     """G of `width` bytes a number read once."""
     padded = 1 if queries == 1 else math.ceil(queries / QUERIES) * QUERIES
@@ -179,11 +176,54 @@ def scoring(
     return floor(name, device, "products, cuBLAS", moved + 2 * gradients, flop, 2, "bf16")
 
 
+def slices(device: Device, samples: int, tokens: int, rows: int, columns: int) -> int:
+    """In which gradients of bf16 factors are formed so that they stay in L2."""
+    return math.ceil(samples / slice_samples(tokens, rows, columns, 2, device.arch))
+
+
+def factored(
+    device: Device, samples: int, tokens: int, rows: int, columns: int, queries: int, ours: bool
+) -> Floor:
+    """DataInf on bf16 factors; cuBLAS writes fp32 gradients and reads them three times."""
+    numbers = samples * rows * columns
+    moved = samples * tokens * (rows + columns) * 2.0 + 2.0 * queries * rows * columns * WORD
+    name = f"sherman_morrison of {samples} x {tokens} tokens, {rows} x {columns}, m={queries}"
+    forming, padded = 2.0 * numbers * tokens, queries if queries == 1 else QUERIES
+    if ours:
+        precision = "ieee" if queries == 1 else "tf32x3"
+        groups = math.ceil(queries / padded)
+        flop = 2.0 * numbers * (2 * groups * padded + 1)
+        launches = (1 + 2 * groups) * slices(device, samples, tokens, rows, columns)
+        return floor(name, device, "Triton", moved, flop, launches, precision, forming)
+    flop = 2.0 * numbers * (2 * queries + 1)
+    return floor(
+        name, device, "products, cuBLAS", moved + 4.0 * numbers * WORD, flop, 7, "ieee", forming
+    )
+
+
+def gfim_factors(
+    device: Device, samples: int, tokens: int, rows: int, columns: int, ours: bool
+) -> Floor:
+    """C += sum g^T g on bf16 factors, C in L2; cuBLAS writes and reads fp32 gradients between."""
+    numbers = samples * rows * columns
+    moved = samples * tokens * (rows + columns) * 2.0 + 2.0 * columns * columns * WORD
+    name = f"gfim_accumulate_ of {samples} x {tokens} tokens, {rows} x {columns}"
+    forming, flop = 2.0 * numbers * tokens, (1.0 if ours else 2.0) * numbers * columns
+    if ours:
+        launches = 3 * slices(device, samples, tokens, rows, columns)
+        return floor(name, device, "Triton", moved, flop, launches, "tf32x3", forming)
+    return floor(
+        name, device, "products, cuBLAS", moved + 2.0 * numbers * WORD, flop, 2, "ieee", forming
+    )
+
+
 INVERSES = ((16, 4096, 1e2), (64, 512, 1e3), (128, 128, 1e3), (1024, 32, 1e3), (1024, 32, 1e5),
             (4096, 4, 1e3))  # fmt: skip
 ROWS = ((4500, 16384, 1, 4), (4500, 16384, 8, 4), (4500, 16384, 8, 2))
 SUMS = ((72000, 1024, 4), (72000, 4096, 2))
 SCORED = (256, 128, 16, 4096, 8)
+FACTORED = (1000, 128, 16, 4096, 8)
+SUMMED = (1000, 128, 16, 1024)
 
 
 def table(devices: Sequence[Device] = tuple(DEVICES.values())) -> list[Floor]:
@@ -196,7 +236,12 @@ def table(devices: Sequence[Device] = tuple(DEVICES.values())) -> list[Floor]:
             found += [sherman_morrison(device, *rows), sherman_morrison_products(device, *rows)]
         for sums in SUMS:
             found += [gfim(device, *sums, ours=True), gfim(device, *sums, ours=False)]
-        found += [scoring(device, *SCORED, ours=True), scoring(device, *SCORED, ours=False)]
+        for ours in (True, False):
+            found.append(scoring(device, *SCORED, ours=ours))
+        for ours in (True, False):
+            found.append(factored(device, *FACTORED, ours=ours))
+        for ours in (True, False):
+            found.append(gfim_factors(device, *SUMMED, ours=ours))
     return found
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import hyperinf_kernels as hk
 
-from . import models
+from . import models, oracle
 
 METHODS = ("hyperinf", "datainf", "exact", "lissa", "cg", "grad_dot")
 
@@ -86,6 +86,94 @@ def test_another_pool_is_scored_with_the_fitted_curvature() -> None:
     grads = stacked(model, pool)
     want = -sum(applied[n].flatten(1) @ grads[n].flatten(1).T for n in grads)
     assert torch.allclose(got.values, want, rtol=1e-4, atol=1e-5 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("queries", [(2, 3), (9, 10)], ids=["5 queries", "19 queries"])
+def test_a_pool_is_scored_without_its_gradients(queries: tuple[int, ...]) -> None:
+    """What streams by is contracted layer by layer, as exactly as from gradients."""
+    model, pool = models.llama(), batches(9, (4, 5), seed=8)
+    asked = batches(sum(queries), queries, seed=6)
+    attributor = hk.Attributor(model).fit(TRAIN)
+    with hk.trace_backends() as log:
+        got = attributor.score(asked, pool).values
+    used = [plan.kernel.rpartition(".")[2] for plan in log]
+    assert used.count("per_sample_dot") == 12 * len(pool)
+    # the queries' own gradients alone are formed
+    assert used.count("per_sample_grad") == 12 * len(asked)
+    solver = hk.HyperINF()
+    solver.update(stacked(model, TRAIN))
+    applied = solver.fit().apply(stacked(model, asked))
+    grads = stacked(model, pool)
+    peer = -sum(applied[n].flatten(1) @ grads[n].flatten(1).T for n in grads)
+    truth = -sum(
+        oracle.f64(applied[n].flatten(1)) @ oracle.f64(grads[n].flatten(1)).T for n in grads
+    )
+    oracle.assert_as_exact_as(got, truth, peer, k=4, floor=16 * torch.finfo().eps)
+
+
+class Mixed(torch.nn.Module):
+    """Layers of every kind: one used twice, one that the loss does not reach."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = torch.nn.Embedding(11, 6)
+        self.twice = torch.nn.Linear(6, 6)
+        self.norm = torch.nn.LayerNorm(6)
+        self.unused = torch.nn.Linear(6, 2)
+        self.head = torch.nn.Linear(6, 3)
+        self.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.twice(torch.tanh(self.twice(self.embed(x))))
+        return self.head(self.norm(h)).sum(1)
+
+
+def mixed_loss(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return model(batch["x"]).square().sum(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_pool_is_scored_through_every_kind_of_layer(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.randint(0, 11, (20, 5), generator=generator)
+    train, pool, asked = ([{"x": part}] for part in rows.split((8, 7, 5)))
+    model = Mixed(dtype)
+    options = {"loss": mixed_loss, "blocks": ".", "damping": hk.AbsoluteDamping(0.1)}
+    attributor = hk.Attributor(model, **options).fit(train)
+    scores = attributor.score(asked, pool, per_block=True)
+    grads = {
+        name: hk.per_sample_gradients(model, batches[0], loss=mixed_loss, blocks=".")
+        for name, batches in (("train", train), ("pool", pool), ("query", asked))
+    }
+    want = hk.HyperINF(hk.AbsoluteDamping(0.1))
+    want.update(grads["train"])
+    applied = want.fit().apply(grads["query"])
+    assert scores.values.dtype == dtype
+    for name, W in applied.items():
+        truth = -oracle.f64(W.flatten(1)) @ oracle.f64(grads["pool"][name].flatten(1)).T
+        scale = abs(truth).max()
+        error = abs(oracle.f64(scores.per_block[name]) - truth).max()
+        assert error <= 16 * torch.finfo(dtype).eps * max(scale, 1e-3), name
+    assert not scores.per_block["unused.weight"].any()
+
+
+def test_a_bad_row_of_a_pool_is_named() -> None:
+    rows = torch.randint(0, 11, (6, 5), generator=torch.Generator().manual_seed(3))
+
+    def burst(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        losses, bad = mixed_loss(model, batch), batch["bad"].nonzero().flatten()
+        # sqrt(0) has a finite value and an infinite slope
+        return losses.index_add(0, bad, (losses[bad] - losses[bad].detach()).sqrt())
+
+    def named(*bad: bool) -> dict[str, Tensor]:
+        return {"x": rows[: len(bad)], "bad": torch.tensor(bad)}
+
+    attributor = hk.Attributor(
+        Mixed(), loss=burst, blocks=r"head\.weight", damping=hk.AbsoluteDamping(0.1)
+    ).fit([named(*[False] * 6)])
+    with pytest.raises(hk.InputError, match=r"head\.weight: the gradient of batch row 4"):
+        attributor.score([named(False)], [named(False, False), named(False, False, True)])
 
 
 def test_top_k_keeps_the_ends_of_the_dense_ranking() -> None:

@@ -244,6 +244,10 @@ def test_the_environment_chooses_and_strict_mode_refuses_what_is_slow() -> None:
     assert not slow
     with pytest.raises(hk.BackendError, match="fall back to plain torch: .*cuda: no kernels"):
         dispatch.resolve("per_sample_grad", metas, machine, {"HYPERINF_STRICT": "1"})
+    # fp64 is summed in torch by design: solvers on a GPU must pass strict mode
+    wide = (BF16._replace(dtype=torch.float64), BF16)
+    plan, slow = dispatch.resolve("gfim_accumulate_", wide, machine, {"HYPERINF_STRICT": "1"})
+    assert (plan.backend, slow) == ("torch", False)
     plan, _ = dispatch.resolve("sherman_morrison", (ROWS, ROWS), machine,
                                {"HYPERINF_CPU_ISA": "avx2", "HYPERINF_STRICT": "1"})  # fmt: skip
     assert plan.config == {"isa": "avx2"}

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hyperinf_kernels as hk
+from hyperinf_kernels.ops import cpu, reference
 from tests import oracle
 
 # Another order of summation may be a few times worse than the peer's in one entry, not more.
@@ -159,6 +160,128 @@ def test_inputs_are_left_alone_and_results_repeat_bit_for_bit() -> None:
     assert torch.equal(g, kept[1])
 
 
+# --- rows as factors -----------------------------------------------------------------------------
+
+
+def factors(
+    lead: tuple[int, ...], n: int, tokens: int, rows: int, cols: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    delta = random(*lead, n, tokens, rows, dtype=dtype, seed=1)
+    return delta, random(*lead, n, tokens, cols, dtype=dtype, seed=2)
+
+
+def assert_factored(
+    actual: torch.Tensor, v: torch.Tensor, delta: torch.Tensor, act: torch.Tensor, damping: float,
+    acc: torch.dtype,
+) -> None:  # fmt: skip
+    assert actual.dtype == acc
+    assert actual.shape == v.shape
+    grads = oracle.per_sample_grad(delta, act)
+    expected = oracle.datainf(oracle.flatten(v), oracle.flatten(grads), damping)
+    formed = (delta.to(acc).mT @ act.to(acc)).flatten(1)
+    floor = 8 * torch.finfo(acc).eps
+    same = peer(v.flatten(1), formed, damping, acc)
+    oracle.assert_as_exact_as(actual.flatten(1), expected, same, k=K, floor=floor)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("slice_numbers", [1 << 24, 3 * 20], ids=["one slice", "slices of three"])
+@pytest.mark.parametrize(("dtype", "acc"), DTYPES)
+@pytest.mark.parametrize(
+    ("m", "n", "tokens"),
+    [
+        pytest.param(3, 8, 6, id="few"),
+        pytest.param(1, 1, 1, id="one of each"),
+        pytest.param(2, 40, 3, id="many samples"),
+    ],
+)
+def test_factors_give_the_direction_of_their_gradients(
+    m: int, n: int, tokens: int, dtype: torch.dtype, acc: torch.dtype, slice_numbers: int,
+    backend: str, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("HYPERINF_BACKEND", backend)
+    monkeypatch.setattr(cpu, "CACHED_NUMBERS", slice_numbers)
+    monkeypatch.setattr(reference, "SLICE_NUMBERS", slice_numbers)
+    delta, act = factors((), n, tokens, 4, 5, dtype)
+    v = random(m, 4, 5, dtype=dtype)
+    assert_factored(hk.sherman_morrison(v, delta, 0.5, act=act), v, delta, act, 0.5, acc)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_stacked_factors_are_independent_and_have_their_own_damping(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HYPERINF_BACKEND", backend)
+    delta, act = factors((2, 3), 7, 4, 3, 5, torch.float32)
+    v, damping = random(2, 3, 2, 3, 5), torch.linspace(0.1, 2, 6).view(2, 3)
+    actual = hk.sherman_morrison(v, delta, damping, act=act)
+    for index in np.ndindex(2, 3):
+        each = (v[index], delta[index], act[index], float(damping[index]))
+        assert_factored(actual[index], *each, torch.float32)
+
+
+def test_no_token_means_zero_gradients() -> None:
+    delta, act = factors((), 3, 0, 4, 5, torch.float32)
+    v = random(2, 4, 5)
+    assert torch.equal(hk.sherman_morrison(v, delta, 0.25, act=act), 4 * v)
+
+
+def test_factors_of_two_dtypes_and_any_layout() -> None:
+    delta, act = factors((), 6, 8, 4, 5, torch.bfloat16)
+    delta, act = delta[:, ::2], act.float().mT.contiguous().mT[:, ::2]
+    v = random(2, 5, 4).mT
+    actual = hk.sherman_morrison(v, delta, 0.5, act=act)
+    assert_factored(actual, v, delta, act, 0.5, torch.float32)
+
+
+def test_all_gradients_are_never_formed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest tensor of the torch path is a slice."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(tensor, torch.Tensor):
+                    largest = max(largest, tensor.numel())
+            return out
+
+    monkeypatch.setattr(reference, "SLICE_NUMBERS", 1000)
+    delta, act = factors((), 50, 1, 10, 20, torch.float32)
+    v = random(3, 10, 20)
+    monkeypatch.setenv("HYPERINF_BACKEND", "torch")
+    with Watch():
+        hk.sherman_morrison(v, delta, 0.5, act=act)
+    assert largest <= max(1000, delta.numel(), act.numel()) < 50 * 10 * 20
+
+
+@pytest.mark.parametrize(
+    ("v", "delta", "act"),
+    [
+        pytest.param((2, 4, 5), (0, 3, 4), (0, 3, 5), id="no training rows"),
+        pytest.param((2, 4, 5), (6, 3, 4), (6, 2, 5), id="tokens differ"),
+        pytest.param((2, 4, 6), (6, 3, 4), (6, 3, 5), id="V has another side"),
+        pytest.param((2, 20), (6, 3, 4), (6, 3, 5), id="V is flattened"),
+        pytest.param((2, 2, 4, 5), (3, 6, 3, 4), (3, 6, 3, 5), id="stacks differ"),
+    ],
+)
+def test_shapes_of_factors_are_refused_by_name(
+    v: tuple[int, ...], delta: tuple[int, ...], act: tuple[int, ...]
+) -> None:
+    with pytest.raises(ValueError, match=r"\b(V|delta)\b.*\d"):
+        hk.sherman_morrison(torch.ones(v), torch.ones(delta), 0.1, act=torch.ones(act))
+
+
+def test_damping_is_checked_in_the_factored_form_too() -> None:
+    delta, act = factors((), 3, 2, 4, 5, torch.float32)
+    for bad in (0.0, math.nan, torch.tensor(-1.0)):
+        with pytest.raises(ValueError, match="damping"):
+            hk.sherman_morrison(torch.ones(1, 4, 5), delta, bad, act=act)
+
+
 # --- refusals -----------------------------------------------------------------------------------
 
 
@@ -233,6 +356,7 @@ CALLS: dict[str, tuple[torch.Tensor, ...]] = {
     "gfim_accumulate_": (torch.zeros(5, 5), torch.ones(2, 3, 5)),
     "gfim_accumulate_ of factors": (torch.zeros(5, 5), *[torch.ones(2, 3, 5)] * 2),
     "gram_accumulate_": (torch.zeros(2, 2), torch.ones(2, 3)),
+    "sherman_morrison": (torch.ones(2, 6), torch.ones(3, 6)),
 }
 
 
@@ -241,8 +365,17 @@ def test_every_public_op_can_be_explained_by_its_name(call: str) -> None:
     op, args = call.split()[0], CALLS[call]
     plan = hk.explain(op, *args)
     with hk.trace_backends() as log:
-        getattr(hk, op)(*args)
+        getattr(hk, op)(*args, *((0.1,) if op == "sherman_morrison" else ()))
     assert plan in log
+
+
+def test_the_factored_form_is_explained_by_a_name_of_its_own() -> None:
+    delta, act = factors((), 3, 2, 4, 5, torch.float32)
+    v = torch.ones(2, 4, 5)
+    plan = hk.explain("sherman_morrison_factored", v, delta, act)
+    with hk.trace_backends() as log:
+        hk.sherman_morrison(v, delta, 0.1, act=act)
+    assert log[0] == plan
 
 
 def test_trace_lists_plans_in_call_order_and_stops_at_the_end(

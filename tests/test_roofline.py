@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
 from hyperinf_kernels import roofline
+from hyperinf_kernels.ops import costs
 from hyperinf_kernels.ops.triton.raster import order
-from hyperinf_kernels.roofline import DEVICES, cholesky_inverse, faster_inverse, schulz
+from hyperinf_kernels.roofline import DEVICES, schulz
 
 
 def test_a_floor_is_the_slower_of_memory_and_arithmetic() -> None:
@@ -37,20 +40,27 @@ def test_products_beyond_the_cache_read_one_operand_per_group() -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES.values(), ids=list(DEVICES))
-def test_the_floor_of_cholesky_is_lower_at_every_size_so_auto_is_direct(
-    device: roofline.Device,
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_auto_inverts_as_the_floors_say(
+    device: roofline.Device, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.setenv("HYPERINF_RATES", str(tmp_path / "not calibrated"))
     for d in (8, 16, 32, 64, 128, 256, 1024, 4096):
         for batch in (1, 32, 4096):
             for condition in (10.0, 1e3, 1e6):
-                assert faster_inverse(device, d, batch, condition) == "direct"
-                ours = schulz(device, d, batch, condition)
-                assert ours.seconds >= cholesky_inverse(device, d, batch, condition).seconds
+                ours = schulz(device, d, batch, condition).seconds
+                lower = "direct" if cholesky(device, d, batch, condition) <= ours else "schulz"
+                assert lower == "direct"
+                assert costs.cheaper_inverse(d, batch, condition, dtype, "cuda") == lower
+
+
+def cholesky(device: roofline.Device, d: int, batch: int, condition: float) -> float:
+    return roofline.cholesky_inverse(device, d, batch, condition).seconds
 
 
 def test_the_comparison_can_go_the_other_way() -> None:
     wishful = roofline._device("wishful", 90, 100.0, 50, 1.0, 1000.0, 1000.0)
-    assert faster_inverse(wishful, 128, 1000, 10.0) == "schulz"
+    assert schulz(wishful, 128, 1000, 10.0).seconds < cholesky(wishful, 128, 1000, 10.0)
 
 
 @pytest.mark.parametrize(

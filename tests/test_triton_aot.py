@@ -17,7 +17,7 @@ from tests.triton_cases import TRITON
 
 pytestmark = pytest.mark.skipif(not TRITON, reason="triton is not installed: pip install triton")
 # tiles too small for the warpgroup instructions of sm_90 and sm_100
-SMALL_TILES = {"rows_dots", "rows_sum", "per_sample"}
+SMALL_TILES = {"rows_dots", "rows_sum", "per_sample", "grad"}
 # cards of capability 8.6, 8.9 and 12.x run sm_80's configurations with this much shared memory
 SMALLEST_SHARED = 99 << 10
 LARGEST_COMPILE_S = 5.0
@@ -148,6 +148,30 @@ def test_sizes_of_one_which_a_launch_turns_into_constants_compile_too(tmp_path: 
     found = json.loads(in_a_child(str(file)))
     assert {row["kernel"] for row in found} == {config.kernel for config in table()}
     assert [described(row) for row in found if row["spill_bytes"]] == []
+
+
+COUSINS = """
+import json, sys
+from hyperinf_kernels.ops.triton import aot
+from hyperinf_kernels.ops.triton.configs import table
+
+cousins = (86, 120)
+aot.SHARED_TOTAL.update(dict.fromkeys(cousins, 100 << 10))
+largest = [c for c in table() if c.arch == 80 and c.kernel in ("product", "accumulate")
+           and c.precision == "tf32"]
+print(json.dumps(list(aot.rows([c._replace(arch=a) for c in largest for a in cousins]))))
+"""
+
+
+def test_the_largest_rows_fit_the_smaller_cards_that_share_them(tmp_path: Path) -> None:
+    """Capability 8.6 and 12.0 take sm_80's rows; the compiler gives 12.0 other pipelines."""
+    file = tmp_path / "cousins.py"
+    file.write_text(COUSINS, encoding="utf-8")
+    found = json.loads(in_a_child(str(file)))
+    assert {row["arch"] for row in found} == {"sm_86", "sm_120"}
+    assert max(row["shared_bytes"] for row in found) >= 48 << 10
+    assert [described(r) for r in found if r["shared_bytes"] > SMALLEST_SHARED] == []
+    assert [described(r) for r in found if r["spill_bytes"]] == []
 
 
 def test_compiling_beside_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

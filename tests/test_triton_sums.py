@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+import hyperinf_kernels as hk
 from hyperinf_kernels.ops import reference
-from hyperinf_kernels.ops.triton import entry as face
+from hyperinf_kernels.ops.topk import topk_empty
+from hyperinf_kernels.ops.triton import entry, factors
 from tests import oracle
 from tests.triton_cases import (
     DEVICE,
@@ -24,6 +28,7 @@ from tests.triton_cases import (
     sentinelled,
 )
 from tests.triton_cases import allocations as allocations
+from tests.triton_cases import through_the_dispatcher as through_the_dispatcher
 
 pytestmark = on_device()
 # largest error <= K x largest error of torch's own fp32 products, plus a few roundings
@@ -44,7 +49,7 @@ def test_gfim(
     size = d if side == "cols" else rows
     before = random(size, size, seed=1)
     C, intact = sentinelled(before)
-    face.gfim_accumulate_(C, poisoned(grads), side=side, alpha=0.3)
+    entry.gfim_accumulate_(C, poisoned(grads), side=side, alpha=0.3)
     expected = oracle.f64(before) + 0.3 * oracle.gfim_sum(grads, side)
     peer = reference.gfim_accumulate_(before.clone(), grads, side=side, alpha=0.3)
     oracle.assert_as_exact_as(C, expected, peer, k=K, floor=FLOOR)
@@ -62,7 +67,7 @@ def test_long_sums_are_cut_and_added_in_order(
     grads = random(*lead, 101, 2, 70)
     before = random(*lead, 70, 70, seed=1)
     C, intact = sentinelled(before)
-    face.gfim_accumulate_(C, poisoned(grads), side="cols", alpha=1.0)
+    entry.gfim_accumulate_(C, poisoned(grads), side="cols", alpha=1.0)
     assert any(len(buffer) > 4 * 64 * 64 for buffer in allocations.buffers), "nothing was cut"
     allocations.assert_intact()
     assert intact()
@@ -73,18 +78,47 @@ def test_long_sums_are_cut_and_added_in_order(
     added = C - before
     torch.testing.assert_close(added, added.mT, rtol=1e-5, atol=1e-4)
     again = before.clone()
-    face.gfim_accumulate_(again, grads, side="cols", alpha=1.0)
+    entry.gfim_accumulate_(again, grads, side="cols", alpha=1.0)
     assert torch.equal(again, C)
 
 
-def test_gfim_of_delta_and_act_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference, "SLICE_NUMBERS", 3 * 4 * 21)
-    delta, act = random(8, 5, 4), random(8, 5, 21, seed=1)
-    C = torch.zeros(21, 21, device=DEVICE)
-    face.gfim_accumulate_(C, delta, act, side="cols", alpha=0.5)
-    expected = 0.5 * oracle.gfim_sum(oracle.per_sample_grad(delta, act))
-    peer = reference.gfim_accumulate_(torch.zeros_like(C), delta, act, side="cols", alpha=0.5)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("side", ["cols", "rows"])
+@pytest.mark.parametrize("share", [1 << 20, 100], ids=["C in L2", "C beyond L2"])
+def test_gfim_of_delta_and_act_in_slices(
+    share: int, side: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch,
+    allocations: Allocations,
+) -> None:  # fmt: skip
+    from hyperinf_kernels.ops.triton import launch
+
+    monkeypatch.setattr(entry, "l2_share", lambda arch: share)
+    monkeypatch.setattr(launch, "l2_share", lambda arch: 3 * (4 * 21 + 5 * 25) * 2)
+    monkeypatch.setattr(reference, "SLICE_NUMBERS", 2 * 4 * 21)
+    delta, act = random(8, 5, 4, dtype=dtype), random(8, 5, 21, dtype=dtype, seed=1)
+    size = 21 if side == "cols" else 4
+    before = random(size, size, seed=2)
+    C, intact = sentinelled(before)
+    entry.gfim_accumulate_(C, poisoned(delta), poisoned(act), side=side, alpha=0.5)
+    allocations.assert_intact()
+    assert intact()
+    grads = oracle.per_sample_grad(delta, act)
+    expected = oracle.f64(before) + 0.5 * oracle.gfim_sum(grads, side)
+    peer = reference.gfim_accumulate_(before.clone(), delta, act, side=side, alpha=0.5)
     oracle.assert_as_exact_as(C, expected, peer, k=K, floor=FLOOR)
+
+
+def test_gfim_of_factors_adds_to_every_matrix_of_a_strided_batch() -> None:
+    delta, act = random(2, 3, 5, 4), random(2, 3, 5, 9, seed=1)
+    before = random(9, 9, 2, seed=2)
+    C = before.clone().permute(2, 0, 1)
+    entry.gfim_accumulate_(C, delta, act, side="cols", alpha=1.0)
+    for b in range(2):
+        expected = oracle.f64(before[..., b]) + oracle.gfim_sum(
+            oracle.per_sample_grad(delta[b], act[b])
+        )
+        start = before[..., b].clone()
+        peer = reference.gfim_accumulate_(start, delta[b], act[b], side="cols", alpha=1.0)
+        oracle.assert_as_exact_as(C[b], expected, peer, k=K, floor=FLOOR)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -95,7 +129,7 @@ def test_gram(dtype: torch.dtype, same: bool) -> None:
     before = random(len(first), len(second), seed=1)
     K0, intact = sentinelled(before)
     G1 = poisoned(first)
-    face.gram_accumulate_(K0, G1, G1 if same else poisoned(second))
+    entry.gram_accumulate_(K0, G1, G1 if same else poisoned(second))
     peer = reference.gram_accumulate_(before.clone(), first, second)
     expected = oracle.f64(before) + oracle.gram(first, second)
     oracle.assert_as_exact_as(K0, expected, peer, k=K, floor=FLOOR)
@@ -105,9 +139,34 @@ def test_gram(dtype: torch.dtype, same: bool) -> None:
 def test_a_transposed_sum_is_added_where_it_lies() -> None:
     G1, G2 = random(9, 30), random(12, 30, seed=1)
     K0 = torch.zeros(12, 9, device=DEVICE).mT
-    face.gram_accumulate_(K0, G1, G2)
+    entry.gram_accumulate_(K0, G1, G2)
     peer = reference.gram_accumulate_(torch.zeros(9, 12, device=DEVICE), G1, G2)
     oracle.assert_as_exact_as(K0, oracle.gram(G1, G2), peer, k=K, floor=FLOOR)
+
+
+def test_a_sum_may_share_memory_with_its_rows() -> None:
+    """Both are read before either is written, as in torch."""
+    whole = random(140, 140)
+    K0 = whole[:70, :70]
+    expected = oracle.f64(K0) + oracle.gram(K0, K0)
+    peer = reference.gram_accumulate_(K0.clone(), K0.clone(), K0.clone())
+    entry.gram_accumulate_(K0, K0, K0)
+    oracle.assert_as_exact_as(K0, expected, peer, k=K, floor=FLOOR)
+
+
+@pytest.mark.skipif(not INTERPRETING, reason="a sparse file on CPU: set TRITON_INTERPRET=1")
+def test_rows_two_to_the_26_numbers_apart(tmp_path: Path) -> None:
+    """Beyond 32 bits after one step of the sum; the file is sparse."""
+    apart, depth = 1 << 26, 40
+    file = np.memmap(tmp_path / "rows", np.float16, "w+", shape=(apart * (depth - 1) + 3,))
+    far = torch.from_numpy(file).as_strided((depth, 3), (apart, 1))
+    near = random(depth, 3, dtype=torch.float16)
+    far.copy_(near)
+    C = torch.zeros(3, 3)
+    entry.gfim_accumulate_(C, far.unsqueeze(1), side="cols", alpha=1.0)
+    peer = reference.gfim_accumulate_(torch.zeros(3, 3), near.unsqueeze(1), side="cols", alpha=1.0)
+    expected = oracle.gfim_sum(near.unsqueeze(1))
+    oracle.assert_as_exact_as(C, expected, peer, k=K, floor=FLOOR)
 
 
 # --- Sherman-Morrison ---------------------------------------------------------------------------
@@ -125,7 +184,7 @@ def test_sherman_morrison(
     n: int, columns: int, queries: int, dtype: torch.dtype, allocations: Allocations
 ) -> None:
     V, G = random(queries, columns), random(n, columns, dtype=dtype, seed=1)
-    W = face.sherman_morrison(V, poisoned(G), torch.tensor(0.3, device=DEVICE))
+    W = entry.sherman_morrison(V, poisoned(G), torch.tensor(0.3, device=DEVICE))
     allocations.assert_intact()
     datainf_case(V, G, 0.3, W)
 
@@ -139,7 +198,7 @@ def test_rows_beyond_the_cache_go_in_chunks(
     monkeypatch.setattr(launch, "L2_BYTES", dict.fromkeys((80, 90, 100), 3 * 200 * 4 * 20))
     V, G = random(queries, 200), random(53, 200, seed=1)
     assert launch.chunk_rows(200, 4, 80, 8) == 16
-    W = face.sherman_morrison(V, poisoned(G), torch.tensor(0.5, device=DEVICE))
+    W = entry.sherman_morrison(V, poisoned(G), torch.tensor(0.5, device=DEVICE))
     allocations.assert_intact()
     datainf_case(V, G, 0.5, W)
 
@@ -147,14 +206,16 @@ def test_rows_beyond_the_cache_go_in_chunks(
 def test_every_batch_has_its_own_rows_and_damping() -> None:
     V, G = random(2, 3, 4, 33), random(2, 3, 20, 33, seed=1)
     lam = torch.tensor([[0.1, 0.5, 1.0], [2.0, 0.3, 0.2]], device=DEVICE)
-    W = face.sherman_morrison(V, G, lam)
+    W = entry.sherman_morrison(V, G, lam)
     for index in np.ndindex(2, 3):
         datainf_case(V[index], G[index], float(lam[index]), W[index])
 
 
 def test_strided_rows() -> None:
     V, G = random(3, 40), random(50, 40, seed=1)
-    datainf_case(V, G[::2], 0.5, face.sherman_morrison(V, G[::2], torch.tensor(0.5, device=DEVICE)))
+    datainf_case(
+        V, G[::2], 0.5, entry.sherman_morrison(V, G[::2], torch.tensor(0.5, device=DEVICE))
+    )
 
 
 # --- per-sample gradients that are never written ------------------------------------------------
@@ -172,8 +233,8 @@ def test_dots_and_norms(
     delta = random(samples, tokens, rows, dtype=dtype)
     act = random(samples, tokens, columns, dtype=dtype, seed=1)
     V = random(queries, rows, columns, seed=2)
-    dots = face.per_sample_dot(poisoned(delta), poisoned(act), poisoned(V), False)
-    norms = face.per_sample_norm_sq(poisoned(delta), poisoned(act), False)
+    dots = factors.per_sample_dot(poisoned(delta), poisoned(act), poisoned(V), False)
+    norms = factors.per_sample_norm_sq(poisoned(delta), poisoned(act), False)
     allocations.assert_intact()
     peer = reference.per_sample_dot(delta, act, V, False)
     oracle.assert_as_exact_as(
@@ -187,23 +248,76 @@ def test_dots_and_norms(
 
 def test_samples_of_any_batch_shape() -> None:
     delta, act, V = random(2, 3, 6, 4), random(2, 3, 6, 10, seed=1), random(2, 4, 10, seed=2)
-    dots = face.per_sample_dot(delta, act, V, False)
+    dots = factors.per_sample_dot(delta, act, V, False)
     assert dots.shape == (2, 3, 2)
     peer = reference.per_sample_dot(delta, act, V, False)
     oracle.assert_as_exact_as(dots, oracle.per_sample_dot(delta, act, V), peer, k=K, floor=FLOOR)
-    none = face.per_sample_dot(delta[:, :0], act[:, :0], V, False)
+    none = factors.per_sample_dot(delta[:, :0], act[:, :0], V, False)
     assert none.shape == (2, 0, 2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_factored_sherman_morrison_equals_the_one_on_gradients(dtype: torch.dtype) -> None:
-    from hyperinf_kernels.ops.triton.factored import sherman_morrison_factored
+@pytest.mark.parametrize(
+    ("samples", "tokens", "rows", "columns"), [(1, 1, 1, 1), (3, 40, 8, 130), (2, 5, 33, 70)],
+    ids=str,
+)  # fmt: skip
+def test_gradients(
+    samples: int, tokens: int, rows: int, columns: int, dtype: torch.dtype,
+    allocations: Allocations,
+) -> None:  # fmt: skip
+    delta = random(samples, tokens, rows, dtype=dtype)
+    act = random(samples, tokens, columns, dtype=dtype, seed=1)
+    grads = factors.per_sample_grad(poisoned(delta), poisoned(act))
+    allocations.assert_intact()
+    peer = reference.per_sample_grad(delta, act)
+    oracle.assert_as_exact_as(grads, oracle.per_sample_grad(delta, act), peer, k=K, floor=FLOOR)
 
+
+def test_factors_of_two_dtypes_and_strided_columns() -> None:
+    delta, act = random(3, 6, 8, dtype=torch.float16)[..., ::2], random(3, 6, 10, seed=1)
+    V = random(2, 10, 4, seed=2).mT
+    peer = reference.per_sample_grad(delta, act)
+    grads = factors.per_sample_grad(delta, act)
+    oracle.assert_as_exact_as(grads, oracle.per_sample_grad(delta, act), peer, k=K, floor=FLOOR)
+    dots, peer = factors.per_sample_dot(delta, act, V, False), peer.flatten(1) @ V.flatten(1).mT
+    oracle.assert_as_exact_as(dots, oracle.per_sample_dot(delta, act, V), peer, k=K, floor=FLOOR)
+
+
+@pytest.fixture(params=[None, 2], ids=["one slice", "slices of two"])
+def slices_of(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> object:
+    """L2 so small that `n` gradients of 4 x 70 are a slice."""
+    from hyperinf_kernels.ops.triton import launch
+
+    if request.param:
+        monkeypatch.setattr(launch, "l2_share", lambda arch: request.param * (4 * 70 + 11 * 74) * 2)
+    return request.param
+
+
+@pytest.mark.usefixtures("slices_of")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_queries_meet_the_gradients_in_slices(
+    dtype: torch.dtype, allocations: Allocations
+) -> None:
+    delta, act = random(5, 11, 4, dtype=dtype), random(5, 11, 70, dtype=dtype, seed=1)
+    V = random(19, 4, 70, seed=2)
+    dots = factors.per_sample_dot(poisoned(delta), poisoned(act), poisoned(V), False)
+    allocations.assert_intact()
+    peer = reference.per_sample_dot(delta, act, V, False)
+    oracle.assert_as_exact_as(dots, oracle.per_sample_dot(delta, act, V), peer, k=K, floor=FLOOR)
+
+
+@pytest.mark.usefixtures("slices_of")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("queries", [1, 5, 17])
+def test_factored_sherman_morrison_equals_the_one_on_gradients(
+    queries: int, dtype: torch.dtype, allocations: Allocations
+) -> None:
     delta = random(9, 11, 4, dtype=dtype)
     act = random(9, 11, 70, dtype=dtype, seed=1)
-    V = random(5, 4, 70, seed=2)
+    V = random(queries, 4, 70, seed=2)
     lam = torch.tensor(2.0, device=DEVICE)
-    W = sherman_morrison_factored(V, poisoned(delta), poisoned(act), lam)
+    W = factors.sherman_morrison_factored(V, poisoned(delta), poisoned(act), lam)
+    allocations.assert_intact()
     grads = oracle.per_sample_grad(delta, act)
     expected = oracle.datainf(V.flatten(1), oracle.flatten(grads), 2.0)
     rows = reference.per_sample_grad(delta, act).flatten(1)
@@ -211,23 +325,96 @@ def test_factored_sherman_morrison_equals_the_one_on_gradients(dtype: torch.dtyp
     oracle.assert_as_exact_as(W.flatten(1), expected, peer, k=K, floor=FLOOR)
 
 
-def test_thousands_of_samples_through_a_few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hyperinf_kernels.ops.triton import per_sample
+@pytest.mark.usefixtures("through_the_dispatcher")
+def test_the_public_factored_form_takes_batches_and_says_who_ran() -> None:
+    delta, act, V = random(2, 3, 6, 4), random(2, 3, 6, 10, seed=1), random(2, 2, 4, 10, seed=2)
+    lam = torch.tensor([0.5, 2.0], device=DEVICE)
+    with hk.trace_backends() as log:
+        W = hk.sherman_morrison(V, delta, lam, act=act)
+    assert [plan.backend for plan in log] == ["triton"]
+    assert log[0] == hk.explain("sherman_morrison_factored", V, delta, act)
+    for b in range(2):
+        grads = reference.per_sample_grad(delta[b], act[b]).flatten(1)
+        datainf_case(V[b].flatten(1), grads, float(lam[b]), W[b].flatten(1))
 
-    samples = 5000
-    chosen = [0, 1, 4998, 4999]
-    if INTERPRETING:
-        kernel = FewPrograms(per_sample._per_sample_kernel, chosen)
-        monkeypatch.setattr(per_sample, "_per_sample_kernel", kernel)
-    delta, act = random(samples, 2, 3), random(samples, 2, 5, seed=1)
+
+# --- thousands, of which the interpreter runs a few programs -------------------------------------
+
+THOUSANDS = 5000
+CHOSEN = [0, 1, THOUSANDS - 2, THOUSANDS - 1]
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """Run only the CHOSEN programs of a kernel, by module and name."""
+
+    def replace(module: str, kernel: str) -> None:
+        if INTERPRETING:
+            home = importlib.import_module(f"hyperinf_kernels.ops.triton.{module}")
+            monkeypatch.setattr(home, kernel, FewPrograms(getattr(home, kernel), CHOSEN))
+
+    return replace
+
+
+def test_thousands_of_samples(few: Callable[[str, str], None]) -> None:
+    few("per_sample", "_per_sample_kernel")
+    few("grad", "_grad_kernel")
+    delta, act = random(THOUSANDS, 2, 3), random(THOUSANDS, 2, 5, seed=1)
     V = random(2, 3, 5, seed=2)
-    dots = face.per_sample_dot(delta, act, V, False)[chosen]
-    expected = oracle.per_sample_dot(delta[chosen], act[chosen], V)
-    peer = reference.per_sample_dot(delta[chosen], act[chosen], V, False)
-    oracle.assert_as_exact_as(dots, expected, peer, k=K, floor=FLOOR)
+    d, a = delta[CHOSEN], act[CHOSEN]
+    dots = factors.per_sample_dot(delta, act, V, False)[CHOSEN]
+    peer = reference.per_sample_dot(d, a, V, False)
+    oracle.assert_as_exact_as(dots, oracle.per_sample_dot(d, a, V), peer, k=K, floor=FLOOR)
+    grads = factors.per_sample_grad(delta, act)[CHOSEN]
+    peer = reference.per_sample_grad(d, a)
+    oracle.assert_as_exact_as(grads, oracle.per_sample_grad(d, a), peer, k=K, floor=FLOOR)
+
+
+def test_thousands_of_sums(few: Callable[[str, str], None]) -> None:
+    few("accumulate", "_accumulate_kernel")
+    grads = random(THOUSANDS, 3, 2, 5)
+    C = torch.zeros(THOUSANDS, 5, 5, device=DEVICE)
+    entry.gfim_accumulate_(C, grads, side="cols", alpha=1.0)
+    for b in CHOSEN:
+        peer = reference.gfim_accumulate_(torch.zeros_like(C[b]), grads[b], side="cols", alpha=1.0)
+        oracle.assert_as_exact_as(C[b], oracle.gfim_sum(grads[b]), peer, k=K, floor=FLOOR)
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_thousands_of_blocks(queries: int, few: Callable[[str, str], None]) -> None:
+    few("sherman_morrison", "_dots_kernel")
+    few("sherman_morrison", "_sum_kernel")
+    V, G = random(THOUSANDS, queries, 6), random(THOUSANDS, 4, 6, seed=1)
+    lam = torch.linspace(0.1, 1, THOUSANDS, device=DEVICE)
+    W = entry.sherman_morrison(V, G, lam)
+    for b in CHOSEN:
+        datainf_case(V[b], G[b], float(lam[b]), W[b])
+
+
+def test_thousands_of_queries_keep_their_best(few: Callable[[str, str], None]) -> None:
+    few("topk", "_topk_kernel")
+    scores = random(THOUSANDS, 9)
+    values, positions = topk_empty(THOUSANDS, 2, device=DEVICE)
+    entry.topk_merge_(values, positions, scores, 0, False)
+    order = scores[CHOSEN].argsort(dim=1, stable=True)[:, :2]
+    assert torch.equal(positions[CHOSEN], order)
+    assert torch.equal(values[CHOSEN], scores[CHOSEN].gather(1, order))
 
 
 # --- streaming top-k ----------------------------------------------------------------------------
+
+
+def merged(scores: Tensor, k: int, sizes: tuple[int, ...], largest: bool) -> tuple[Tensor, Tensor]:
+    """(values, positions) of a stream cut into batches of these sizes."""
+    watched, first = Allocations(), 0
+    kept = topk_empty(len(scores), k, device=DEVICE)
+    values, positions = (watched.take(t.shape, t.dtype, DEVICE).copy_(t) for t in kept)
+    for size in sizes:
+        part = poisoned(scores[:, first : first + size])
+        entry.topk_merge_(values, positions, part, first, largest)
+        first += size
+    watched.assert_intact()
+    return values, positions
 
 
 @pytest.mark.parametrize("largest", [False, True])
@@ -235,48 +422,57 @@ def test_thousands_of_samples_through_a_few_programs(monkeypatch: pytest.MonkeyP
 def test_topk_of_a_stream_is_the_sorted_prefix(
     k: int, sizes: tuple[int, ...], largest: bool
 ) -> None:
-    from hyperinf_kernels.ops.triton.topk import topk_empty, topk_merge_, topk_values
-
     # few distinct values, so that ties are everywhere
     scores = (random(3, sum(sizes)) * 4).round() / 4
-    keys, first = topk_empty(3, k, DEVICE), 0
-    for size in sizes:
-        topk_merge_(keys, poisoned(scores[:, first : first + size]), k, first, largest)
-        first += size
-    values, ids = topk_values(keys, k, largest)
+    values, positions = merged(scores, k, sizes, largest)
     signed = (-scores if largest else scores).double().cpu().numpy()
     order = np.argsort(signed, axis=1, kind="stable")[:, :k]
     kept = order.shape[1]
-    assert (ids[:, :kept].cpu().numpy() == order).all()
-    assert (
-        values[:, :kept].cpu().numpy() == np.take_along_axis(scores.cpu().numpy(), order, 1)
-    ).all()
-    assert (ids[:, kept:] == -1).all()
+    assert (positions[:, :kept].cpu().numpy() == order).all()
+    best = np.take_along_axis(scores.cpu().numpy(), order, 1)
+    assert (values[:, :kept].cpu().numpy() == best).all()
+    assert (positions[:, kept:] == -1).all()
+    assert values[:, kept:].isnan().all()
 
 
 @pytest.mark.parametrize("largest", [False, True])
 def test_topk_orders_both_zeros_by_position(largest: bool) -> None:
-    from hyperinf_kernels.ops.triton.topk import topk_empty, topk_merge_, topk_values
-
     scores = torch.tensor([[0.0, -0.0, 5.0, -5.0, -0.0, 0.0]], device=DEVICE)
-    keys = topk_empty(1, 5, DEVICE)
-    topk_merge_(keys, scores, 5, 0, largest)
-    _, ids = topk_values(keys, 5, largest)
-    assert ids.tolist() == [[2 if largest else 3, 0, 1, 4, 5]]
+    _, positions = merged(scores, 5, (3, 3), largest)
+    assert positions.tolist() == [[2 if largest else 3, 0, 1, 4, 5]]
 
 
-def test_topk_never_keeps_nan_and_refuses_a_k_it_has_no_kernel_for() -> None:
-    from hyperinf_kernels.ops.triton.topk import topk_empty, topk_merge_, topk_values
-
+def test_topk_never_keeps_nan_of_either_sign() -> None:
     scores = torch.tensor([[float("nan"), 2.0, float("-inf"), float("nan")]], device=DEVICE)
     scores[0, 3] = -scores[0, 0]
-    keys = topk_empty(1, 3, DEVICE)
-    topk_merge_(keys, scores, 3, 0, False)
-    values, ids = topk_values(keys, 3, False)
-    assert ids.tolist() == [[2, 1, -1]]
+    values, positions = merged(scores, 3, (4,), False)
+    assert positions.tolist() == [[2, 1, -1]]
     assert values[0, :2].tolist() == [float("-inf"), 2.0]
-    with pytest.raises(ValueError, match=r"k must lie in \[1, 128\], got 129"):
-        topk_empty(1, 129, DEVICE)
+
+
+def test_topk_positions_end_at_31_bits() -> None:
+    values, positions = topk_empty(1, 4, device=DEVICE)
+    last = 2**31 - 3
+    entry.topk_merge_(values, positions, torch.tensor([[1.0, 1.0, 0.0]], device=DEVICE), last, True)
+    assert positions.tolist() == [[last, last + 1, last + 2, -1]]
+
+
+@pytest.mark.usefixtures("through_the_dispatcher")
+@pytest.mark.parametrize(("k", "backend"), [(128, "triton"), (129, "torch")])
+def test_the_panel_of_top_k_merges_where_the_scores_are(k: int, backend: str) -> None:
+    from hyperinf_kernels.attribution.scores import TopKPanel
+
+    scores = (random(2, 300) * 4).round()
+    panel = TopKPanel(2, k)
+    with hk.trace_backends() as log:
+        for first in range(0, 300, 100):
+            panel.add(list(range(first, first + 100)), scores[:, first : first + 100])
+    assert {plan.backend for plan in log} == {backend}
+    found = panel.finish()
+    order = np.argsort(scores.cpu().numpy(), axis=1, kind="stable")[:, :k]
+    assert found["ids"] == order.tolist()
+    order = np.argsort(-scores.cpu().numpy(), axis=1, kind="stable")[:, :k]
+    assert found["harmful"].ids == order.tolist()
 
 
 # --- registration -------------------------------------------------------------------------------
@@ -301,20 +497,27 @@ def _per_sample() -> tuple[object, tuple[object, ...]]:
     return per_sample, (random(2, 3, 4), random(2, 3, 5), random(2, 4, 5))
 
 
-def _weighted_sum() -> tuple[object, tuple[object, ...]]:
-    from hyperinf_kernels.ops.triton.factored import weighted_sum
+def _gradients() -> tuple[object, tuple[object, ...]]:
+    from hyperinf_kernels.ops.triton.grad import per_sample_grad_
 
-    return weighted_sum, (random(2, 3, 4), random(2, 3, 5), random(2, 2))
+    return per_sample_grad_, (random(2, 4, 5), random(2, 3, 4), random(2, 3, 5))
+
+
+def _factored() -> tuple[object, tuple[object, ...]]:
+    from hyperinf_kernels.ops.triton.sherman_morrison import sherman_morrison_factored
+
+    lam = torch.ones(1, device=DEVICE)
+    return sherman_morrison_factored, (random(2, 4, 5), random(6, 3, 4), random(6, 3, 5), lam)
 
 
 def _topk() -> tuple[object, tuple[object, ...]]:
-    from hyperinf_kernels.ops.triton.topk import topk_empty, topk_merge_
+    from hyperinf_kernels.ops.triton.topk import topk_merge_
 
-    return topk_merge_, (topk_empty(2, 3, DEVICE), random(2, 7), 3, 0, False)
+    return topk_merge_, (*topk_empty(2, 3, device=DEVICE), random(2, 7), 0, False)
 
 
 @pytest.mark.parametrize(
-    "case", [_accumulate, _sherman_morrison, _per_sample, _weighted_sum, _topk]
+    "case", [_accumulate, _sherman_morrison, _per_sample, _gradients, _factored, _topk]
 )
 def test_opcheck(case: Callable[[], tuple[object, tuple[object, ...]]]) -> None:
     op, arguments = case()

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hyperinf_kernels import roofline
 from hyperinf_kernels.ops.triton import entry as face
+from hyperinf_kernels.ops.triton import factors
 from tests.triton_cases import INTERPRETING, on_device, random, spd
 
 pytestmark = [
@@ -163,6 +164,23 @@ def test_a_product_beyond_the_cache_re_reads_what_the_raster_says(
     assert modelled < 0.5 * (12 + 2) * d * d * 4
 
 
+def test_a_mirrored_product_reads_and_writes_no_more_than_a_whole_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from hyperinf_kernels.ops.triton import product as module
+
+    small_tiles(monkeypatch, module)
+    A, R2 = random(2, 96, 96), random(2, 96, 96, seed=1)
+    # tiles below the diagonal are never read: half of each term
+    extra = random(2, 96, 96, seed=2)
+    weights = [[1.0, -1.0, 1.0], [0.5, 1.0, 0.0]]
+    with counted(6 * 96 * 96 * 4) as cache:
+        outs, _ = module.product(A, R2, weights, [extra], precision="ieee", symmetric=True)
+    tiles = 96 // 16
+    above = (tiles + 1) / (2 * tiles)
+    assert cache.bytes() <= MOST * (size_of(A, R2, *outs) + above * size_of(extra))
+
+
 @pytest.mark.parametrize("condition", [3.0, 50.0, 1e3, 1e5])
 def test_a_chain_takes_the_launches_that_the_roofline_counts(
     condition: float, monkeypatch: pytest.MonkeyPatch
@@ -202,6 +220,20 @@ def test_chains_on_chip_read_a_and_write_x_once(d: int) -> None:
     assert cache.bytes() - scratch <= MOST * size_of(A, X)
 
 
+def test_the_scratch_of_resident_programs_fits_in_l2() -> None:
+    from hyperinf_kernels.ops.triton.launch import L2_BYTES, MULTIPROCESSORS
+    from hyperinf_kernels.ops.triton.resident import SLOTS
+    from hyperinf_kernels.ops.triton.schulz import resident_programs
+
+    for arch, l2 in L2_BYTES.items():
+        for side in (64, 128):
+            programs = resident_programs(10**6, side, arch)
+            assert programs * SLOTS.value * side * side * 4 <= l2
+            # and nearly every multiprocessor has one
+            assert programs >= 0.98 * MULTIPROCESSORS[arch]
+        assert resident_programs(3, 64, arch) == 3
+
+
 def test_gfim_reads_the_gradients_once_and_the_partial_sums_are_small(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -220,9 +252,91 @@ def test_scoring_reads_delta_and_act_once_and_writes_no_gradient() -> None:
     V = random(4, 8, 256, seed=2)
     # V and a few samples fit, all samples do not
     with counted(2 * size_of(V) + size_of(act) // 2) as cache:
-        dots = face.per_sample_dot(delta, act, V, False)
+        dots = factors.per_sample_dot(delta, act, V, False)
     assert cache.bytes() <= MOST * size_of(delta, act, V, dots)
     assert cache.written * SECTOR <= MOST * 2 * 108 * size_of(dots)
+
+
+TOKENS, RANK, COLUMNS = 24, 4, 64
+# gradients of 8 samples, and their factors
+SLICE = 8 * RANK * COLUMNS * 4
+FACTORS = 8 * TOKENS * (RANK + COLUMNS) * 4
+CACHE = (SLICE + FACTORS) * 3 // 2
+
+
+@pytest.fixture
+def formed_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hyperinf_kernels.ops.triton import launch
+
+    for module in (launch, face):
+        monkeypatch.setattr(module, "l2_share", lambda arch: CACHE // 3)
+    monkeypatch.setattr(launch, "MULTIPROCESSORS", dict.fromkeys((80, 90, 100), 2))
+
+
+def many_samples() -> tuple[Tensor, Tensor]:
+    """Nine slices, of which the cache of the tests below holds one."""
+    return random(72, TOKENS, RANK), random(72, TOKENS, COLUMNS, seed=1)
+
+
+@pytest.mark.usefixtures("formed_in_slices")
+def test_gfim_of_factors_reads_them_once_and_leaves_the_gradients_in_the_cache() -> None:
+    delta, act = many_samples()
+    C = torch.zeros(COLUMNS, COLUMNS)
+    with counted(CACHE) as cache:
+        face.gfim_accumulate_(C, delta, act, side="cols", alpha=1.0)
+    # one slice is written back at the end, C is read and written
+    assert cache.bytes() - SLICE <= MOST * (size_of(delta, act) + 2 * size_of(C))
+
+
+@pytest.mark.usefixtures("formed_in_slices")
+def test_the_factored_sum_reads_the_factors_once() -> None:
+    delta, act = many_samples()
+    V = random(3, RANK, COLUMNS, seed=2)
+    with counted(CACHE) as cache:
+        W = factors.sherman_morrison_factored(V, delta, act, torch.tensor(0.5))
+    assert cache.bytes() - SLICE <= MOST * size_of(delta, act, V, W)
+
+
+@pytest.mark.usefixtures("formed_in_slices")
+def test_many_queries_score_with_one_read_of_the_factors() -> None:
+    delta, act = many_samples()
+    V = random(12, RANK, COLUMNS, seed=2)
+    with counted(CACHE) as cache:
+        dots = factors.per_sample_dot(delta, act, V, False)
+    # dots are zeroed, read and written
+    assert cache.bytes() - SLICE <= MOST * (size_of(delta, act, V) + 3 * size_of(dots))
+
+
+def test_slices_larger_than_the_cache_come_from_memory_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The counts above have teeth: the same sums with one slice of everything fail them."""
+    from hyperinf_kernels.ops.triton import launch
+
+    monkeypatch.setattr(launch, "l2_share", lambda arch: 3 * CACHE)
+    delta, act = many_samples()
+    V = random(3, RANK, COLUMNS, seed=2)
+    with counted(CACHE) as cache:
+        W = factors.sherman_morrison_factored(V, delta, act, torch.tensor(0.5))
+    assert cache.bytes() - SLICE > 1.2 * size_of(delta, act, V, W)
+
+
+def test_gradients_are_written_once() -> None:
+    delta, act = random(6, 32, 8), random(6, 32, 256, seed=1)
+    with counted(size_of(act)) as cache:
+        grads = factors.per_sample_grad(delta, act)
+    assert cache.bytes() <= MOST * size_of(delta, act, grads)
+
+
+@pytest.mark.parametrize("k", [20, 100])
+def test_topk_reads_every_score_once(k: int) -> None:
+    from hyperinf_kernels.ops.topk import topk_empty
+
+    scores = random(3, 5000)
+    kept = topk_empty(3, k)
+    with counted(1 << 16) as cache:
+        face.topk_merge_(*kept, scores, 0, False)
+    assert cache.bytes() <= MOST * (size_of(scores) + 2 * size_of(*kept))
 
 
 @pytest.fixture
@@ -250,8 +364,10 @@ def test_the_gpu_benchmark_checks_every_provider_and_names_its_floor() -> None:
         *gpu._sherman_morrison(20, 64, 2, 2),
         *gpu._gfim(64, 40, 4),
         *gpu._scoring(2, 5, 4, 40, 2),
+        *gpu._factored(3, 5, 4, 40, 2),
+        *gpu._gfim_factors(3, 5, 4, 40),
     ]
-    assert sum(row.provider == gpu.OURS for row in rows) == 5
+    assert sum(row.provider == gpu.OURS for row in rows) == 7
     assert all(row.error is not None and row.error < 1e-5 for row in rows)
     assert all("of the computed floor" in row.note for row in rows if row.provider == gpu.OURS)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..gradients import Loss, find_blocks, make_loss
 from ..gradients.capture import TokenSink
 from ..gradients.losses import described
 from ..gradients.tokens import check_token_factors
-from ..solvers import KFAC, BlockReport, Damping, FlatSolver, Solver, make_solver
+from ..solvers import KFAC, BlockReport, Damping, FlatSolver, GradientRows, Solver, make_solver
 from . import saved
 from .influence import kept_scores, sum_blocks
 from .scores import DensePanel, Id, InfluenceScores, TopKPanel, block_scores
@@ -30,6 +30,7 @@ from .stream import (
     default_budget,
     gradient_batches,
     grouped,
+    score_batches,
 )
 
 
@@ -288,30 +289,43 @@ class Attributor:
         applied = self.solver.apply(queries)
         self.seconds["solve"] = time.perf_counter() - start
         start = time.perf_counter()
-        for ids, grads in self._training(loader):
-            yield ids, block_scores(applied, grads)
+        if self._kept_rows(loader) is None:
+            # what is read again is scored as it is read
+            yield from score_batches(
+                self.model, self._readable(loader), self.loss, self.blocks, applied, self.progress
+            )
+        else:
+            for ids, grads in self._training(loader):
+                yield ids, block_scores(applied, grads)
         self.seconds["score"] = time.perf_counter() - start
 
     def _is_fitted_set(self, loader: Iterable[Any] | None) -> bool:
         return loader is None or loader is self._fitted
 
-    def _training(self, loader: Iterable[Any] | None) -> Iterator[tuple[list[Id], Gradients]]:
-        if loader is not None and not self._is_fitted_set(loader):
-            yield from self._gradients(loader, "train")
-            return
-        rows = self.solver.kept or None
-        if rows is None and self._cache is not None and not self._cache.full:
-            rows = self._cache.rows
-        if rows is not None:
-            for part, grads in cached_chunks(rows, self.shapes):
-                yield self.train_ids[part], grads
-        elif loader is not None:
-            yield from self._gradients(loader, "train")
-        else:
+    def _kept_rows(self, loader: Iterable[Any] | None) -> Mapping[str, GradientRows] | None:
+        """The rows to score, where they are in memory."""
+        if not self._is_fitted_set(loader):
+            return None
+        kept = self.solver.kept or None
+        if kept is None and self._cache is not None and not self._cache.full:
+            kept = self._cache.rows
+        return kept
+
+    def _readable(self, loader: Iterable[Any] | None) -> Iterable[Any]:
+        if loader is None:
             raise InputError(
                 f"the gradients of the {len(self.train_ids)} training rows were not kept in "
                 "memory; give train_loader again"
             )
+        return loader
+
+    def _training(self, loader: Iterable[Any] | None) -> Iterator[tuple[list[Id], Gradients]]:
+        rows = self._kept_rows(loader)
+        if rows is None:
+            yield from self._gradients(self._readable(loader), "train")
+            return
+        for part, grads in cached_chunks(rows, self.shapes):
+            yield self.train_ids[part], grads
 
     def _check_fitted(self) -> None:
         if not self.train_ids:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..files import atomic
+from ..ops import gram_accumulate_, topk_empty, topk_merge_
+from ..ops.checks import accumulation_dtype
 from ..solvers import BlockReport, summarise
 
 Id = int | str
@@ -192,7 +194,8 @@ class DensePanel:
 class TopKPanel:
     """Keeps each query's k most helpful and k most harmful examples of a stream of any length.
 
-    Exact and independent of the batching: ties go to the example that came first.
+    Exact and independent of the batching: ties go to the example that came first. The merging runs
+    where the scores are.
     """
 
     def __init__(self, queries: int, k: int) -> None:
@@ -200,33 +203,29 @@ class TopKPanel:
             raise ValueError(f"top_k must be at least 1, got {k}")
         self.k, self.queries = k, queries
         self.all_ids: list[Id] = []
-        empty = torch.zeros(queries, 0)
-        self.kept = {largest: (empty, empty.long()) for largest in (False, True)}
+        self.kept: dict[bool, tuple[Tensor, Tensor]] = {}
 
     def add(self, ids: Sequence[Id], values: Tensor) -> None:
-        values = values.cpu()
-        index = torch.arange(len(self.all_ids), len(self.all_ids) + len(ids))
+        for largest in (False, True):
+            if largest not in self.kept:
+                self.kept[largest] = topk_empty(self.queries, self.k, values.dtype, values.device)
+            topk_merge_(*self.kept[largest], values, len(self.all_ids), largest=largest)
         self.all_ids.extend(ids)
-        for largest, (best, where) in self.kept.items():
-            # kept entries come first and the sort is stable, so earlier examples win ties
-            pool = torch.cat([best, values], dim=1)
-            positions = torch.cat([where, index.expand(self.queries, -1)], dim=1)
-            order = _stable_order(pool, largest)[:, : self.k]
-            self.kept[largest] = (pool.gather(1, order), positions.gather(1, order))
 
     def finish(self) -> dict[str, Any]:
-        def named(where: Tensor) -> list[list[Id]]:
-            return [[self.all_ids[j] for j in row] for row in where.tolist()]
-
-        (values, where), (harm, harm_where) = self.kept[False], self.kept[True]
-        return {"values": values, "ids": named(where), "harmful": Ranked(named(harm_where), harm)}
+        count = min(self.k, len(self.all_ids))
+        empty = topk_empty(self.queries, self.k)
+        ends = []
+        for largest in (False, True):
+            values, where = (t[:, :count].cpu() for t in self.kept.get(largest, empty))
+            named = [[self.all_ids[j] for j in row] for row in where.tolist()]
+            ends.append(Ranked(named, values))
+        helpful, harmful = ends
+        return {"values": helpful.values, "ids": helpful.ids, "harmful": harmful}
 
 
 def block_scores(applied: Mapping[str, Tensor], grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """-<W_q, g_k> per block: {block: (m, B)} from W (m, r, d) and gradients (B, r, d)."""
-    from ..ops import gram_accumulate_
-    from ..ops.checks import accumulation_dtype
-
     scores = {}
     for name, W in applied.items():
         g = grads[name]

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from torch.utils.data import RandomSampler
 
 from ..errors import InputError
-from ..gradients import Block, Loss, batch_gradients, prepared, verify_first_batch
+from ..gradients import (
+    Block,
+    Loss,
+    batch_dots,
+    batch_gradients,
+    prepared,
+    verify_first_batch,
+)
 from ..gradients.blocks import block_parameters
 from ..gradients.capture import TokenSink, move
 from ..solvers import GradientRows
@@ -47,22 +54,62 @@ def gradient_batches(
     Raises:
         InputError: the loader yields nothing, or what `batch_gradients` raises.
     """
+
+    def read(batch: Any, done: int) -> Gradients:
+        grads = batch_gradients(model, batch, loss, blocks, done, tokens)
+        if verify and done == 0:
+            device = next(model.parameters()).device
+            verify_first_batch(model, move(batch, device), loss, blocks, grads)
+        return grads
+
+    return _walk(model, loader, stage, progress, read)
+
+
+def score_batches(
+    model: nn.Module,
+    loader: Iterable[Any],
+    loss: Loss,
+    blocks: Sequence[Block],
+    applied: Mapping[str, Tensor],
+    progress: Progress | None = None,
+) -> Iterator[tuple[list[Id], Gradients]]:
+    """(ids, {block: (m, B)}) for every batch: -<W_q, g_k> without keeping any g_k.
+
+    Args:
+        applied: {block: (m, r, d)}, W of the queries.
+
+    Raises:
+        InputError: as `gradient_batches`.
+    """
+
+    def read(batch: Any, done: int) -> Gradients:
+        return batch_dots(model, batch, loss, blocks, applied, done)
+
+    for ids, dots in _walk(model, loader, "train", progress, read):
+        yield ids, {name: part.mT.neg() for name, part in dots.items()}
+
+
+def _walk(
+    model: nn.Module,
+    loader: Iterable[Any],
+    stage: str,
+    progress: Progress | None,
+    read: Callable[[Any, int], Gradients],
+) -> Iterator[tuple[list[Id], Gradients]]:
+    """(ids, read(batch, rows before it)) of every batch, the model prepared meanwhile."""
     total = _length(loader)
     done = 0
     with prepared(model):
         for batch in loader:
-            grads = batch_gradients(model, batch, loss, blocks, done, tokens)
-            count = len(next(iter(grads.values())))
+            found = read(batch, done)
+            count = len(next(iter(found.values())))
             ids = _ids(batch, done, count)
             if done == 0:
                 _warn_if_shuffled(loader, batch)
-                if verify:
-                    device = next(model.parameters()).device
-                    verify_first_batch(model, move(batch, device), loss, blocks, grads)
             done += count
             if progress is not None:
                 progress(stage, done, total)
-            yield ids, grads
+            yield ids, found
     if done == 0:
         raise InputError(
             f"the {stage} loader gave no rows (an empty data set, or an iterator used before?)"

@@ -1,7 +1,7 @@
 """From a model and a batch to per-sample gradients of the chosen blocks."""
 
 from .blocks import Block, find_blocks, parameter_count
-from .capture import batch_gradients, per_sample_gradients, prepared
+from .capture import batch_dots, batch_gradients, per_sample_gradients, prepared
 from .losses import CausalLM, Loss, SequenceClassification, TokenClassification, make_loss
 from .verify import verify_first_batch
 
@@ -11,6 +11,7 @@ __all__ = [
     "Loss",
     "SequenceClassification",
     "TokenClassification",
+    "batch_dots",
     "batch_gradients",
     "find_blocks",
     "make_loss",

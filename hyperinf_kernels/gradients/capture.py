@@ -15,13 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..ops import per_sample_dot
 from ..solvers.inputs import check_finite
 from .blocks import Block, find_blocks
-from .layers import bias_gradient
+from .layers import bias_gradient, outer_factors
 from .losses import CausalLM, Loss, make_loss
 from .tokens import token_factors
 
 TokenSink = Callable[[dict[str, list[tuple[Tensor, Tensor]]]], None]
+# what is kept of one use of a layer, (B, ...): from its block, input and output gradient
+Reader = Callable[[Block, Tensor, Tensor], Tensor]
 
 
 def per_sample_gradients(
@@ -95,10 +98,71 @@ def batch_gradients(
     `tokens` is called with the batch's {block: [(left (t, r), right (t, d)), ...]}, one pair per
     use of the layer (see `token_factors`).
     """
+    capture = _captured(model, batch, loss, blocks, first_row, gradient_of, tokens is not None)
+    found = {}
+    for block in blocks:
+        grad = capture.found.get(block.name)
+        found[block.name] = capture.zeros(block, block.shape) if grad is None else grad
+        check_finite(block.name, found[block.name], "batch", first_row)
+    if tokens is not None:
+        tokens({name: capture.tokens.get(name, []) for name in found})
+    return found
+
+
+def batch_dots(
+    model: nn.Module, batch: Any, loss: Loss, blocks: Sequence[Block],
+    W: Mapping[str, Tensor], first_row: int = 0,
+) -> dict[str, Tensor]:  # fmt: skip
+    """`{name: einsum("brd,mrd->bm", grads[name], W[name])}` of `batch_gradients`.
+
+    Each layer's gradients meet W while backward is at that layer, inside `per_sample_dot` where
+    they are an outer product of its input and output gradient: a batch's gradients never exist all
+    at once, and on a GPU not even one layer's.
+
+    Args:
+        W: {block: (m, r, d)}.
+
+    Raises:
+        InputError: a gradient holds NaN or inf (block and row named).
+    """
+
+    def dots(block: Block, x: Tensor, delta: Tensor) -> Tensor:
+        stack = W[block.name]
+        if block.layer.outer and not block.is_bias:
+            return per_sample_dot(*outer_factors(x, delta, block.transpose), stack)
+        grads = gradient_of(block, x, delta)
+        dtype = torch.promote_types(grads.dtype, stack.dtype)
+        return grads.flatten(1).to(dtype) @ stack.flatten(1).mT.to(dtype)
+
+    capture = _captured(model, batch, loss, blocks, first_row, dots)
+    found = {}
+    for block in blocks:
+        part = capture.found.get(block.name)
+        found[block.name] = capture.zeros(block, (len(W[block.name]),)) if part is None else part
+    # one question to the device for all blocks; the second pass names the block and the row, or
+    # finds finite gradients whose products overflow, which is the scores' matter
+    sizes = torch.stack([part.abs().sum(dtype=torch.float64) for part in found.values()])
+    if not bool(torch.isfinite(sizes).all()):
+        batch_gradients(model, batch, loss, blocks, first_row)
+    return found
+
+
+def gradient_of(block: Block, x: Tensor, delta: Tensor) -> Tensor:
+    """(B, r, d) from the input of the block's layer and the loss gradient at its output."""
+    if block.is_bias:
+        return bias_gradient(delta, block.features)
+    return block.layer.weight(block.module, x, delta, block.transpose)
+
+
+def _captured(
+    model: nn.Module, batch: Any, loss: Loss, blocks: Sequence[Block], first_row: int,
+    read: Reader, with_tokens: bool = False,
+) -> Capture:  # fmt: skip
+    """One forward and one backward pass of a batch, read at every layer that owns a block."""
     device = next(model.parameters()).device
     batch = move(batch, device)
     with (
-        Capture(blocks, tokens is not None) as capture,
+        Capture(blocks, read, with_tokens) as capture,
         torch.inference_mode(False),
         torch.enable_grad(),
     ):
@@ -119,12 +183,7 @@ def batch_gradients(
         # hooks run inside backward and must not inherit a caller's autocast
         with torch.autocast(device.type, enabled=False):
             losses.sum().backward()
-    grads = capture.gradients()
-    for name, grad in grads.items():
-        check_finite(name, grad, "batch", first_row)
-    if tokens is not None:
-        tokens({name: capture.tokens.get(name, []) for name in grads})
-    return grads
+    return capture
 
 
 def check_losses(losses: Tensor, first_row: int = 0) -> None:
@@ -172,15 +231,15 @@ class Tap(torch.autograd.Function):
 class Capture:
     """Hooks on the blocks' layers for the duration of one forward and backward pass."""
 
-    def __init__(self, blocks: Sequence[Block], with_tokens: bool = False) -> None:
-        self.blocks, self.with_tokens = blocks, with_tokens
+    def __init__(self, blocks: Sequence[Block], read: Reader, with_tokens: bool = False) -> None:
+        self.read, self.with_tokens = read, with_tokens
         self.tokens: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self.of: dict[nn.Module, list[Block]] = {}
         for block in blocks:
             self.of.setdefault(block.module, []).append(block)
         self.modules = frozenset(self.of)
         self.samples: int | None = None
-        self._grads: dict[str, Tensor] = {}
+        self.found: dict[str, Tensor] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> Capture:
@@ -220,26 +279,15 @@ class Capture:
                     f"block {block.name}: its layer sees {len(x)} rows and returns {len(delta)} "
                     f"for {self.samples} samples; the first dimension must be the sample"
                 )
-            if block.is_bias:
-                grad = bias_gradient(delta, block.features)
-            else:
-                grad = block.layer.weight(module, x, delta, block.transpose)
+            value = self.read(block, x, delta)
             if self.with_tokens:
                 self.tokens.setdefault(block.name, []).append(token_factors(block, x, delta))
-            before = self._grads.get(block.name)
+            before = self.found.get(block.name)
             # a layer used several times in one forward pass has the sum of its uses' gradients
-            self._grads[block.name] = grad if before is None else before + grad
+            self.found[block.name] = value if before is None else before + value
 
-    def gradients(self) -> dict[str, Tensor]:
-        """{block: (B, r, d)} after backward; a block the loss did not reach has zeros."""
-        out = {}
-        for block in self.blocks:
-            grad = self._grads.get(block.name)
-            if grad is None:
-                parameter = getattr(block.module, block.name.rpartition(".")[2])
-                dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-                grad = torch.zeros(
-                    self.samples or 0, *block.shape, dtype=dtype, device=parameter.device
-                )
-            out[block.name] = grad
-        return out
+    def zeros(self, block: Block, shape: tuple[int, ...]) -> Tensor:
+        """(B, *shape) for a block that the loss did not reach."""
+        parameter = getattr(block.module, block.name.rpartition(".")[2])
+        dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+        return torch.zeros(self.samples or 0, *shape, dtype=dtype, device=parameter.device)

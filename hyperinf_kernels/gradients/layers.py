@@ -23,7 +23,8 @@ class Layer:
     """How to differentiate one kind of layer.
 
     `weight(module, x, delta, transpose)` gives (B, r, d); `features` is the dimension of delta that
-    a bias belongs to; `refuse` names an option of the module that is not supported.
+    a bias belongs to; `refuse` names an option of the module that is not supported; `outer` says
+    that the weight's gradient is delta^T x, summed over all dimensions between sample and feature.
     """
 
     kind: str
@@ -32,6 +33,7 @@ class Layer:
     shape: Callable[[nn.Module], tuple[int, int]]
     features: int = -1
     refuse: Callable[[nn.Module], str | None] = lambda module: None
+    outer: bool = False
 
 
 def bias_gradient(delta: Tensor, features: int) -> Tensor:
@@ -40,10 +42,15 @@ def bias_gradient(delta: Tensor, features: int) -> Tensor:
     return summed.reshape(len(delta), -1, summed.shape[-1]).sum(1, keepdim=True)
 
 
-def _outer(x: Tensor, delta: Tensor, transpose: bool) -> Tensor:
+def outer_factors(x: Tensor, delta: Tensor, transpose: bool) -> tuple[Tensor, Tensor]:
+    """left (B, T, r) and right (B, T, d) with gradients left^T right, of an `outer` layer."""
     x = x.reshape(len(x), -1, x.shape[-1])
     delta = delta.reshape(len(delta), -1, delta.shape[-1])
-    return per_sample_grad(x, delta) if transpose else per_sample_grad(delta, x)
+    return (x, delta) if transpose else (delta, x)
+
+
+def _outer(x: Tensor, delta: Tensor, transpose: bool) -> Tensor:
+    return per_sample_grad(*outer_factors(x, delta, transpose))
 
 
 def _linear(module: nn.Module, x: Tensor, delta: Tensor, transpose: bool) -> Tensor:
@@ -145,8 +152,8 @@ def _vector_shape(module: nn.Module) -> tuple[int, int]:
 
 
 LAYERS = (
-    Layer("linear", lambda m: isinstance(m, nn.Linear), _linear, _matrix_shape),
-    Layer("conv1d", _is_conv1d, _linear, lambda m: _matrix_shape(m)[::-1]),
+    Layer("linear", lambda m: isinstance(m, nn.Linear), _linear, _matrix_shape, outer=True),
+    Layer("conv1d", _is_conv1d, _linear, lambda m: _matrix_shape(m)[::-1], outer=True),
     Layer("conv2d", lambda m: isinstance(m, nn.Conv2d), _conv2d, _matrix_shape, features=1),
     Layer(
         "embedding", lambda m: isinstance(m, nn.Embedding), _embedding, _matrix_shape,

@@ -10,7 +10,9 @@ from .schulz import schulz_inverse, schulz_solve
 from .sherman_morrison import sherman_morrison
 from .solve import SolveInfo
 from .spd_inverse import spd_inverse
+from .topk import topk_empty, topk_merge_
 from .triton import entry as entry
+from .triton import factors as factors
 
 __all__ = [
     "BackendError",
@@ -27,5 +29,7 @@ __all__ = [
     "schulz_solve",
     "sherman_morrison",
     "spd_inverse",
+    "topk_empty",
+    "topk_merge_",
     "trace_backends",
 ]

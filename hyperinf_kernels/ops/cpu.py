@@ -22,6 +22,10 @@ SUMS = (torch.float32, torch.float64)
 LEAST_SIDE = 32
 LARGEST_SIDE, LARGEST_ALONE = 128, 64
 MANY_QUERIES, SHORT_ROWS = 32, 1024
+# measured: a slice of gradients that the next kernel still finds in cache
+CACHED_NUMBERS = 1 << 20
+# measured: that many matrices meet a tile of g in cache sooner than g as rows of a product
+FEW_MATRICES = 16
 COEFFICIENTS = 8
 
 
@@ -43,6 +47,22 @@ def sherman_morrison(V: Tensor, G: Tensor, lam: Tensor) -> Tensor:
         lam.reshape(batch).contiguous(),
     )
     return out.reshape(V.shape)
+
+
+def _refuse_factored(metas: tuple[TensorMeta, ...]) -> str | None:
+    return unfit(metas[:3], ROWS)
+
+
+@implements("sherman_morrison_factored", "cpu", _refuse_factored)
+def sherman_morrison_factored(V: Tensor, delta: Tensor, act: Tensor, lam: Tensor) -> Tensor:
+    """The mean over slices of gradients, each formed and read again while it is in cache."""
+    count, out = delta.shape[-3], torch.zeros(V.shape)
+    flat, each = V.flatten(-2), math.prod(V.shape[:-3]) * V.shape[-2] * V.shape[-1]
+    for part in reference.slices(count, each, CACHED_NUMBERS):
+        rows = per_sample_grad(delta[..., part, :, :], act[..., part, :, :]).flatten(-2)
+        share = rows.shape[-2] / count
+        out += sherman_morrison(flat, rows, lam).view(V.shape).mul_(share)
+    return out
 
 
 def _refuse_sums(metas: tuple[TensorMeta, ...]) -> str | None:
@@ -89,7 +109,9 @@ def _alike(*tensors: Tensor) -> tuple[Tensor, ...]:
 def _add_products(C: Tensor, X: Tensor, Y: Tensor | None, alpha: float) -> Tensor:
     """C (..., n1, n2) += alpha X Y^T; without Y, X X^T."""
     batch = math.prod(C.shape[:-2])
-    rows = [None if t is None else _apart(C, t).reshape(batch, *t.shape[-2:]) for t in (X, Y)]
+    rows = [
+        None if t is None else reference.apart(C, t).reshape(batch, *t.shape[-2:]) for t in (X, Y)
+    ]
     try:
         total = C.view(batch, *C.shape[-2:])
     except RuntimeError:
@@ -99,12 +121,6 @@ def _add_products(C: Tensor, X: Tensor, Y: Tensor | None, alpha: float) -> Tenso
         return C.add_(total.view(C.shape))
     torch.ops.hyperinf.gram_accumulate_(total, *rows, alpha)
     return C
-
-
-def _apart(out: Tensor, tensor: Tensor) -> Tensor:
-    """`tensor`, copied if it shares storage with `out`: it is read before `out` is written."""
-    shared = out.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
-    return tensor.clone() if shared else tensor
 
 
 def _refuse_factors(metas: tuple[TensorMeta, ...]) -> str | None:
@@ -131,11 +147,18 @@ def per_sample_norm_sq(delta: Tensor, act: Tensor, ghost: bool) -> Tensor:
 
 @implements("per_sample_dot", "cpu", _refuse_factors)
 def per_sample_dot(delta: Tensor, act: Tensor, V: Tensor, ghost: bool) -> Tensor:
-    # a tile of g costs as much as its ghost, stays in cache and serves every V: so both methods
-    # run the same kernel
+    # a tile of g costs as much as its ghost and stays in cache, so both methods run one kernel
     del ghost
-    dots = torch.ops.hyperinf.per_sample_dot(*_factors(delta, act), V.float().contiguous())
-    return dots.reshape(*delta.shape[:-2], len(V))
+    lead = delta.shape[:-2]
+    delta, act = _factors(delta, act)
+    V = V.float().contiguous()
+    if len(V) <= FEW_MATRICES:
+        return torch.ops.hyperinf.per_sample_dot(delta, act, V).reshape(*lead, len(V))
+    out = torch.zeros(len(delta), len(V))
+    for part in reference.slices(len(delta), V.shape[1] * V.shape[2]):
+        rows = torch.ops.hyperinf.per_sample_grad(delta[part], act[part]).flatten(1)
+        _add_products(out[part], rows, V.flatten(1), 1.0)
+    return out.reshape(*lead, len(V))
 
 
 @implements("pairwise_dot", "cpu", _refuse_factors)

@@ -170,7 +170,8 @@ def resolve(
 ) -> tuple[Plan, bool]:
     """`select` with the settings of the environment, and whether the plan is a slow fallback.
 
-    Slow is a CUDA tensor in plain torch that nobody asked for.
+    Slow is a CUDA tensor in plain torch that nobody asked for. fp64 is not: torch is what it is
+    meant for, and no kernel here takes it on a GPU.
 
     Raises:
         BackendError: as `select`, or HYPERINF_STRICT=1 and the plan is not what was wanted.
@@ -181,7 +182,8 @@ def resolve(
         machine = replace(machine, isas=(isa,))
     plan = select(op, metas, machine, requested)
     on_cuda = any(meta.device == "cuda" for meta in metas)
-    slow = requested == "auto" and plan.backend == "torch" and on_cuda
+    wide = any(meta.dtype == torch.float64 for meta in metas)
+    slow = requested == "auto" and plan.backend == "torch" and on_cuda and not wide
     if environment.get("HYPERINF_STRICT", "0") == "1" and (
         slow or requested not in ("auto", plan.backend)
     ):

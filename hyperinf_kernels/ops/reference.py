@@ -23,9 +23,9 @@ Product = Callable[[Tensor, Tensor], Tensor]
 SLICE_NUMBERS = 1 << 24
 
 
-def slices(count: int, numbers_each: int) -> Iterator[slice]:
-    """Slices of `count` samples that hold at most SLICE_NUMBERS numbers, or one sample."""
-    step = max(1, SLICE_NUMBERS // max(1, numbers_each))
+def slices(count: int, numbers_each: int, most: int | None = None) -> Iterator[slice]:
+    """Slices of `count` samples that hold at most `most` (SLICE_NUMBERS) numbers, or one sample."""
+    step = max(1, (SLICE_NUMBERS if most is None else most) // max(1, numbers_each))
     return (slice(start, start + step) for start in range(0, count, step))
 
 
@@ -119,6 +119,12 @@ def samples(tensor: Tensor, lead: torch.Size, keep: int) -> Tensor:
     return tensor.reshape(*lead, joined, *shape[len(shape) - keep :])
 
 
+def apart(out: Tensor, tensor: Tensor) -> Tensor:
+    """`tensor`, copied if it shares storage with `out`: kernels write one while they read both."""
+    shared = out.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+    return tensor.clone() if shared else tensor
+
+
 @implements("gram_accumulate_")
 def gram_accumulate_(K: Tensor, G1: Tensor, G2: Tensor) -> Tensor:
     dtype = accumulation_dtype(K, G1, G2)
@@ -132,6 +138,18 @@ def sherman_morrison(V: Tensor, G: Tensor, lam: Tensor) -> Tensor:
     norm_sq = G.square().sum(-1)[..., None, :]
     weights = (V @ G.mT) / (lam + norm_sq)
     return (V - (weights @ G) / G.shape[-2]) / lam
+
+
+@implements("sherman_morrison_factored")
+def sherman_morrison_factored(V: Tensor, delta: Tensor, act: Tensor, lam: Tensor) -> Tensor:
+    V, delta, act, lam = _widen(V, delta, act, lam)
+    lam, flat = lam[..., None, None], V.flatten(-2)
+    total, count = torch.zeros_like(flat), delta.shape[-3]
+    for part in slices(count, math.prod(V.shape[:-3]) * V.shape[-2] * V.shape[-1]):
+        rows = (delta[..., part, :, :].mT @ act[..., part, :, :]).flatten(-2)
+        weights = (flat @ rows.mT) / (lam + rows.square().sum(-1)[..., None, :])
+        total += weights @ rows
+    return ((flat - total / count) / lam).view(V.shape)
 
 
 @implements("spd_inverse")
@@ -174,3 +192,17 @@ def _chebyshev_factor(R: Tensor, eye: Tensor, step: Step, product: Product) -> t
     Y = product(R2, c["c1"] * R2 + c["c2"] * R)
     Z = product(Y + c["d2"] * R2 + c["d1"] * R, Y + c["e2"] * R2)
     return Z + c["e0"] * Y + c["b2"] * R2 + c["b1"] * R + eye, 3
+
+
+@implements("topk_merge_")
+def topk_merge_(
+    values: Tensor, positions: Tensor, scores: Tensor, first: int, largest: bool
+) -> None:
+    k = values.shape[1]
+    new = torch.arange(first, first + scores.shape[1], device=scores.device)
+    pool = torch.cat([values, scores], dim=1)
+    where = torch.cat([positions, new.expand(len(scores), -1)], dim=1)
+    # NaN sorts last; kept entries come first and the sort is stable, so earlier columns win ties
+    order = torch.sort(-pool if largest else pool, dim=1, stable=True).indices[:, :k]
+    values.copy_(pool.gather(1, order))
+    positions.copy_(where.gather(1, order).masked_fill_(values.isnan(), -1))

@@ -43,7 +43,7 @@ def spd_inverse(
         A: (..., d, d), fp16, bf16, fp32 or fp64.
         method: "direct" is a Cholesky inverse, d^3 flop; "schulz" is `schulz_inverse`; "auto" takes
             the faster one as `costs.cheaper_inverse` predicts it: "direct" on every processor
-            measured so far.
+            measured so far and, by the computed floors, on GPUs that were not calibrated.
         return_info: also return a `SolveInfo`.
 
     Returns:

@@ -66,8 +66,9 @@ def _accumulate_kernel(
         left = tl.load(l_at, mask=(i < rows)[:, None] & (k < length - first)[None, :], other=0.0)
         right = tl.load(r_at, mask=(k < length - first)[:, None] & (j < cols)[None, :], other=0.0)
         acc = dot(left, right, acc, PRECISION)
-        l_at += BLOCK_K * stride_lk
-        r_at += BLOCK_K * stride_rk
+        # rows of a whole model's gradients are 2^26 numbers apart and more
+        l_at += tl.cast(BLOCK_K, tl.int64) * stride_lk
+        r_at += tl.cast(BLOCK_K, tl.int64) * stride_rk
     if SYMMETRIC:
         if row_tile == col_tile:
             acc = 0.5 * (acc + tl.trans(acc))

@@ -85,6 +85,17 @@ def rows_of(major: int, minor: int) -> int:
     return {9: 90, 10: 100}.get(major, 80)
 
 
+def arch_for(capability: tuple[int, int] | None) -> int:
+    """`rows_of` a machine's capability; without a GPU kernels are interpreted with sm_80's rows."""
+    return rows_of(*capability) if capability else ARCHS[0]
+
+
+def shown(config: Config, **more: Any) -> dict[str, Any]:
+    """What `Plan.config` tells about a row of the table."""
+    warps = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    return {"arch": f"sm_{config.arch}", **more, **config.blocks, **warps}
+
+
 @functools.cache
 def choose(kernel: str, arch: int, precision: str, size: int) -> Config:
     """The first row for this kernel, architecture and precision that reaches `size`.

@@ -5,6 +5,7 @@ Nothing here imports Triton until a kernel runs.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,27 +16,16 @@ from torch import Tensor
 from .. import reference
 from ..dispatch import Capability, TensorMeta, implements, unfit
 from ..schedule import PRODUCTS, Step
-from .configs import Config, choose, rows_of
-from .launch import HALVES, products_of
+from .configs import arch_for, choose, shown
+from .factors import ROWS, prepared
+from .launch import WORD, arch_of, l2_share, products_of, unit
 
-ROWS = (torch.float32, *HALVES)
 LARGEST_ONCHIP, LARGEST_IN_REGISTERS = 128, 32
 # 32-bit offsets inside one matrix
 LARGEST_SIDE = 32768
 # below this half the tiles save less than mirroring costs
 LEAST_SYMMETRIC = 512
-# rows of g that a program holds; taller gradients are large products, which torch does well
-LARGEST_ROWS = 64
-
-
-def _arch(machine: Capability) -> int:
-    return rows_of(*(machine.cuda or (8, 0)))
-
-
-def _shown(config: Config, **more: Any) -> Mapping[str, Any]:
-    """What `Plan.config` tells about a row of the table."""
-    warps = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    return {"arch": f"sm_{config.arch}", **more, **config.blocks, **warps}
+LARGEST_K = 128  # entries of a top-k that one program sorts
 
 
 def _refuse_schulz(metas: tuple[TensorMeta, ...]) -> str | None:
@@ -59,7 +49,7 @@ def arithmetic(side: int, precision: str) -> str:
 def _schulz_config(metas: tuple[TensorMeta, ...], machine: Capability) -> Mapping[str, Any]:
     side = metas[0].shape[-1]
     kernel = kernel_of(side)
-    return _shown(choose(kernel, _arch(machine), "ieee", side), variant=kernel)
+    return shown(choose(kernel, arch_for(machine.cuda), "ieee", side), variant=kernel)
 
 
 @implements("schulz", "triton", _refuse_schulz, config=_schulz_config)
@@ -106,8 +96,8 @@ def _refuse_sherman_morrison(metas: tuple[TensorMeta, ...]) -> str | None:
 def _rows_config(metas: tuple[TensorMeta, ...], machine: Capability) -> Mapping[str, Any]:
     queries = metas[0].shape[-2] if len(metas[0].shape) > 1 else 1
     precision = "ieee" if queries == 1 else "tf32x3"
-    return _shown(
-        choose("rows_dots", _arch(machine), precision, 1 if queries == 1 else 16),
+    return shown(
+        choose("rows_dots", arch_for(machine.cuda), precision, 1 if queries == 1 else 16),
         precision=precision,
     )
 
@@ -132,8 +122,10 @@ def _refuse_sums(metas: tuple[TensorMeta, ...]) -> str | None:
 def _sums_config(metas: tuple[TensorMeta, ...], machine: Capability) -> Mapping[str, Any]:
     total, *rows = metas
     precision = products_of([meta.dtype for meta in rows])
-    config = choose("accumulate", _arch(machine), precision, max(total.shape[-2:], default=0))
-    return _shown(config, precision=precision)
+    config = choose(
+        "accumulate", arch_for(machine.cuda), precision, max(total.shape[-2:], default=0)
+    )
+    return shown(config, precision=precision)
 
 
 @implements("gram_accumulate_", "triton", _refuse_sums, config=_sums_config)
@@ -149,11 +141,25 @@ def gfim_accumulate_(
     if act is None:
         stack = reference.samples(grads if side == "cols" else grads.mT, lead, 1)
         return _add_products(C, stack, stack, alpha, symmetric=True)
-    delta, act = (reference.samples(t, lead, 2) for t in (grads, act))
-    for part in reference.slices(delta.shape[-3], delta.shape[-1] * act.shape[-1]):
-        formed = reference.per_sample_grad(delta[..., part, :, :], act[..., part, :, :])
-        gfim_accumulate_(C, formed, side=side, alpha=alpha)
+    # g_b g_b^T is the same sum with the factors exchanged
+    factors = (grads, act) if side == "cols" else (act, grads)
+    rows, cols = (reference.samples(t, lead, 2) for t in factors)
+    for index in itertools.product(*map(range, lead)):
+        _add_formed(C[index], rows[index], cols[index], alpha)
     return C
+
+
+def _add_formed(C: Tensor, rows: Tensor, cols: Tensor, alpha: float) -> None:
+    """C (d, d) += alpha sum_b g_b^T g_b for g_b = rows_b^T cols_b, formed in slices."""
+    from .grad import formed
+
+    # where C alone leaves L2, fewer and larger slices read it less often
+    in_l2 = C.numel() * WORD <= l2_share(arch_of(C))
+    most = None if in_l2 else reference.SLICE_NUMBERS // max(1, rows.shape[-1] * cols.shape[-1])
+    rows, cols = prepared(rows, cols)
+    for _, grads in formed(rows, cols, most):
+        stack = grads.flatten(0, 1)
+        _add_products(C, stack, stack, alpha, symmetric=True)
 
 
 def _add_products(C: Tensor, L: Tensor, R: Tensor, alpha: float, symmetric: bool) -> Tensor:
@@ -161,7 +167,7 @@ def _add_products(C: Tensor, L: Tensor, R: Tensor, alpha: float, symmetric: bool
     from .accumulate import accumulate_
 
     batch = math.prod(C.shape[:-2])
-    left, right = (t.reshape(batch, *t.shape[-2:]) for t in (L, R))
+    left, right = (reference.apart(C, t).reshape(batch, *t.shape[-2:]) for t in (L, R))
     precision = products_of([L.dtype, R.dtype])
     try:
         total = C.view(batch, *C.shape[-2:])
@@ -174,40 +180,21 @@ def _add_products(C: Tensor, L: Tensor, R: Tensor, alpha: float, symmetric: bool
     return C
 
 
-def _refuse_per_sample(metas: tuple[TensorMeta, ...]) -> str | None:
-    delta, *others = metas
-    if delta.shape[-1] > LARGEST_ROWS:
-        return f"gradients of more than {LARGEST_ROWS} rows are large products, which torch forms"
-    if others and others[0].dtype != delta.dtype:
-        return "delta and act must have the same dtype"
-    if any(meta.shape[-1] > 1 and meta.stride[-1] != 1 for meta in metas):
-        return "delta, act and V must have unit column stride"
-    return unfit(metas, ROWS)
+def _refuse_topk(metas: tuple[TensorMeta, ...]) -> str | None:
+    if metas[0].shape[-1] > LARGEST_K:
+        return f"keeps up to {LARGEST_K} entries"
+    # positions are int64 by the face's check
+    return unfit((metas[0], *metas[2:]), (torch.float32,))
 
 
-def _per_sample_config(metas: tuple[TensorMeta, ...], machine: Capability) -> Mapping[str, Any]:
-    precision = products_of([metas[0].dtype])
-    return _shown(
-        choose("per_sample", _arch(machine), precision, metas[0].shape[-1]), precision=precision
-    )
+def _topk_config(metas: tuple[TensorMeta, ...], machine: Capability) -> Mapping[str, Any]:
+    return shown(choose("topk", arch_for(machine.cuda), "ieee", metas[0].shape[-1]))
 
 
-@implements("per_sample_norm_sq", "triton", _refuse_per_sample, config=_per_sample_config)
-def per_sample_norm_sq(delta: Tensor, act: Tensor, ghost: bool) -> Tensor:
-    """`ghost` counts the flop of two forms in memory; here no gradient is written either way."""
-    none = delta.new_empty(0, delta.shape[-1], act.shape[-1], dtype=torch.float32)
-    return _per_sample(delta, act, none)[1]
+@implements("topk_merge_", "triton", _refuse_topk, config=_topk_config)
+def topk_merge_(
+    values: Tensor, positions: Tensor, scores: Tensor, first: int, largest: bool
+) -> None:
+    from .topk import topk_merge_ as run
 
-
-@implements("per_sample_dot", "triton", _refuse_per_sample, config=_per_sample_config)
-def per_sample_dot(delta: Tensor, act: Tensor, V: Tensor, ghost: bool) -> Tensor:
-    return _per_sample(delta, act, V.float())[0]
-
-
-def _per_sample(delta: Tensor, act: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
-    from .per_sample import per_sample
-
-    lead, samples = delta.shape[:-2], math.prod(delta.shape[:-2])
-    flat = (t.reshape(samples, *t.shape[-2:]) for t in (delta, act))
-    dots, norms = per_sample(*flat, W)
-    return dots.reshape(*lead, len(W)), norms.reshape(lead)
+    run(values, positions, unit(scores), first, largest)

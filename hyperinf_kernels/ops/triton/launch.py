@@ -18,6 +18,8 @@ MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 # of the smallest card of each architecture that has that many
 L2_BYTES = {80: 40 << 20, 90: 50 << 20, 100: 126 << 20}
 QUERIES = 16  # queries per launch of the tensor-core rows kernels
+FUSED_QUERIES = 8  # queries that the fused per-sample kernel contracts a gradient with
+WORD = 4  # bytes of fp32
 
 
 def interpreting() -> bool:
@@ -42,6 +44,11 @@ def precision_here(precision: str) -> str:
     return "bf16_widened" if precision == "bf16" and interpreting() else precision
 
 
+def unit(tensor: Tensor) -> Tensor:
+    """The tensor, copied if its columns are not side by side."""
+    return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
 def products_of(dtypes: Sequence[torch.dtype]) -> str:
     """The cheapest arithmetic whose products of such numbers keep fp32's digits."""
     kinds = set(dtypes)
@@ -51,6 +58,21 @@ def products_of(dtypes: Sequence[torch.dtype]) -> str:
     return "tf32" if kinds and kinds <= set(HALVES) else "tf32x3"
 
 
+def l2_share(arch: int) -> int:
+    """Bytes that one launch may leave for the next to find in L2: a third of it."""
+    return L2_BYTES[arch] // 3
+
+
+def slice_samples(tokens: int, rows: int, columns: int, width: int, arch: int) -> int:
+    """Samples whose gradients stay in L2 until they are read, one at least.
+
+    Reading the factors (`width` bytes a number) must not drive the gradients out: together they
+    take two thirds of L2.
+    """
+    factors = tokens * (rows + columns) * width
+    return max(1, 2 * l2_share(arch) // max(1, WORD * rows * columns + factors))
+
+
 def chunk_rows(columns: int, bytes_each: int, arch: int, block: int) -> int:
-    """Rows per chunk: a third of L2, in whole row blocks."""
-    return max(block, L2_BYTES[arch] // 3 // (columns * bytes_each) // block * block)
+    """Rows per chunk: `l2_share`, in whole row blocks."""
+    return max(block, l2_share(arch) // (columns * bytes_each) // block * block)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..schedule import PRODUCTS, Step
 from .configs import choose
-from .launch import MULTIPROCESSORS, arch_of, on_device, precision_here
+from .launch import L2_BYTES, MULTIPROCESSORS, WORD, arch_of, on_device, precision_here
 from .product import product
 from .registers import _schulz_registers_kernel
 from .resident import SLOTS, _schulz_resident_kernel
@@ -27,21 +27,32 @@ COEFFICIENTS = {
     9: ("c1", "c2", "d1", "d2", "e2", "e0", "b1", "b2"),
 }
 COLUMNS = 8
-RESIDENT_PROGRAMS = 2  # per multiprocessor; their scratch stays in L2
+RESIDENT_PROGRAMS = 2  # per multiprocessor, while the scratch of all of them stays in L2
 
 
 def packed(steps: Sequence[Step], batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Coefficients (steps, batch, 8) in fp32 and degrees (steps,) in int32."""
-    table = torch.zeros(len(steps), batch, COLUMNS, device=device)
-    for k, step in enumerate(steps):
-        for column, name in enumerate(COEFFICIENTS[step.degree]):
-            table[k, :, column] = step.coefficients[name].reshape(batch)
+    zero = torch.zeros(batch, device=device)
+    columns = []
+    for step in steps:
+        names = COEFFICIENTS[step.degree]
+        columns += [step.coefficients[name].reshape(batch).float() for name in names]
+        columns += [zero] * (COLUMNS - len(names))
+    # one launch, not one for each scalar
+    table = torch.stack(columns, 1) if columns else zero.new_zeros(batch, 0)
+    table = table.view(batch, len(steps), COLUMNS).transpose(0, 1).contiguous()
     return table, _degrees(tuple(s.degree for s in steps), device)
 
 
 @functools.cache
 def _degrees(chain: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(chain, dtype=torch.int32, device=device)
+
+
+def resident_programs(batch: int, side: int, arch: int) -> int:
+    """Programs that share the batch: two on a multiprocessor, their scratch inside L2."""
+    fitting = L2_BYTES[arch] // (SLOTS.value * side**2 * WORD)
+    return min(batch, RESIDENT_PROGRAMS * MULTIPROCESSORS[arch], fitting)
 
 
 @torch.library.custom_op("hyperinf_triton::schulz_onchip", mutates_args=())
@@ -73,7 +84,7 @@ def schulz_onchip(
         if kernel == "registers":
             _schulz_registers_kernel[(batch,)](*arguments, *sizes, **config.options())
         else:
-            programs = min(batch, RESIDENT_PROGRAMS * MULTIPROCESSORS[arch])
+            programs = resident_programs(batch, config.blocks["D"], arch)
             scratch = A.new_empty(programs * SLOTS.value * config.blocks["D"] ** 2)
             _schulz_resident_kernel[(programs,)](
                 *arguments, scratch, *sizes, PRECISION=precision_here(precision), **config.options()

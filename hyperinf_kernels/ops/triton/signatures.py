@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from .accumulate import _accumulate_kernel, _reduce_kernel
 from .configs import Config
-from .factored import _weighted_sum_kernel
-from .launch import QUERIES
+from .grad import _grad_kernel
+from .launch import FUSED_QUERIES, QUERIES
 from .per_sample import _per_sample_kernel
 from .product import _product_kernel
 from .registers import _schulz_registers_kernel
@@ -28,7 +28,7 @@ KERNELS = {
     "rows_dots": _dots_kernel,
     "rows_sum": _sum_kernel,
     "per_sample": _per_sample_kernel,
-    "weighted_sum": _weighted_sum_kernel,
+    "grad": _grad_kernel,
     "topk": _topk_kernel,
 }
 INT32_POINTERS = {"DEGREES", "STEPS_DONE", "ORDER"}
@@ -72,9 +72,15 @@ def variants(config: Config) -> Iterator[Variant]:
         for kind in ("*fp32", "*bf16"):
             yield _variant(kernel, constants, {"G": kind}, rows=kind[1:])
     elif config.kernel == "per_sample":
-        yield _variant(kernel, {**constants, "EXACT": "tf32x3"}, {"DELTA": rows, "ACT": rows})
+        yield _variant(
+            kernel,
+            {**constants, "EXACT": "tf32x3", "QUERIES": FUSED_QUERIES},
+            {"DELTA": rows, "ACT": rows},
+        )
+    elif config.kernel == "grad":
+        yield _variant(kernel, constants, {"DELTA": rows, "ACT": rows})
     elif config.kernel == "topk":
-        yield _variant(kernel, constants, {"KEYS": "*i64"})
+        yield _variant(kernel, constants, {"POSITIONS": "*i64"})
     else:
         yield _variant(kernel, constants, {})
 

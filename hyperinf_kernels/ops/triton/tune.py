@@ -14,8 +14,10 @@ from typing import Any
 import torch
 
 from ...errors import InputError
+from ..topk import topk_empty
 from . import aot, configs
 from .configs import Config
+from .entry import LARGEST_K
 
 # what each kernel may be launched with: values of its blocks, warps, stages
 SEARCH: dict[str, tuple[dict[str, tuple[int, ...]], tuple[int, ...], tuple[int, ...]]] = {
@@ -26,7 +28,7 @@ SEARCH: dict[str, tuple[dict[str, tuple[int, ...]], tuple[int, ...], tuple[int, 
     "rows_dots": ({"ROWS": (8, 16, 32), "COLUMNS": (64, 128, 256)}, (4, 8), (2, 3, 4)),
     "rows_sum": ({"ROWS": (8, 16, 32), "COLUMNS": (64, 128, 256)}, (4, 8), (2, 3, 4)),
     "per_sample": ({"COLUMNS": (32, 64, 128), "TOKENS": (16, 32, 64)}, (4, 8), (2, 3)),
-    "weighted_sum": ({"ROWS": (64, 128), "COLUMNS": (64, 128), "TOKENS": (16, 32)}, (4, 8), (2, 3)),
+    "grad": ({"ROWS": (16, 64), "COLUMNS": (64, 128, 256), "TOKENS": (16, 32, 64)}, (4, 8), (2, 3)),
 }
 LEAST_TENSOR_ROWS = 16
 REPEATS, INNER = 7, 20
@@ -86,13 +88,13 @@ def tuned(
 def problem(row: Config) -> Callable[[], object]:
     """One launch of the row's kernel on tensors of a size it serves, on the current GPU."""
     from .accumulate import accumulate_
-    from .factored import weighted_sum
+    from .grad import per_sample_grad_
     from .launch import QUERIES
     from .per_sample import per_sample
     from .product import product
     from .schulz import schulz_onchip
     from .sherman_morrison import sherman_morrison
-    from .topk import LARGEST_K, topk_empty, topk_merge_
+    from .topk import topk_merge_
 
     def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.randn(*shape, device=DEVICE).to(dtype)
@@ -119,15 +121,16 @@ def problem(row: Config) -> Callable[[], object]:
         lam = torch.ones(1, device=DEVICE)
         return lambda: sherman_morrison(V, G, lam)
     if row.kernel == "topk":
-        k = row.up_to or LARGEST_K
-        keys, scores = topk_empty(STREAMS, k, DEVICE), random(STREAMS, DEPTH // 8)
-        return lambda: topk_merge_(keys, scores, k, 0, False)
-    delta, act = (random(SAMPLES, TOKENS, n, dtype=kind) for n in (16, COLUMNS // 4))
+        kept = topk_empty(STREAMS, row.up_to or LARGEST_K, device=DEVICE)
+        scores = random(STREAMS, DEPTH // 8)
+        return lambda: topk_merge_(*kept, scores, 0, False)
+    rows = 64 if row.kernel == "grad" and row.up_to is None else 16
+    delta, act = (random(SAMPLES, TOKENS, n, dtype=kind) for n in (rows, COLUMNS // 4))
     if row.kernel == "per_sample":
         W = random(8, 16, COLUMNS // 4)
         return lambda: per_sample(delta, act, W)
-    weights = random(SAMPLES, 8)
-    return lambda: weighted_sum(delta, act, weights)
+    out = random(SAMPLES, rows, COLUMNS // 4)
+    return lambda: per_sample_grad_(out, delta, act)
 
 
 def seconds_on_gpu(others: Sequence[Config]) -> Callable[[Config], float]:
