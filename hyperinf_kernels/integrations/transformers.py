@@ -93,7 +93,7 @@ def _attributor(
     )  # fmt: skip
 
 
-def loader_of(trainer: Trainer, dataset: Any = None, what: str = "train") -> DataLoader[Any]:
+def loader_of(trainer: Any, dataset: Any = None, what: str = "train") -> DataLoader[Any]:
     """Batches of a data set in its own order, every row once, by the trainer's collator.
 
     The trainer's own loaders may drop the last batch, group rows by length or hold one process's
@@ -180,7 +180,7 @@ def _loss_of(trainer: Trainer, model: Any) -> str:
     )
 
 
-def _prepared(trainer: Trainer, dataset: Any, what: str) -> Any:
+def _prepared(trainer: Any, dataset: Any, what: str) -> Any:
     """Raw rows as trl's SFTTrainer prepares them, in order and unpacked; others as they are."""
     skipped = getattr(trainer, "_skip_prepare_dataset", False)
     if not _is_sft(trainer) or skipped or not _columns(dataset):
