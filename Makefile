@@ -26,8 +26,9 @@ test-cuda-build: .venv-test/ready .venv-cuda/ready
 test-integrations: .venv-integrations/ready .venv-integrations-numpy2/ready
 	.venv-integrations/bin/python -m pytest tests/integrations \
 		--deselect "tests/integrations/test_examples.py::test_example[bergson_hessian]" \
-		--ignore tests/integrations/test_bergson.py
+		--ignore-glob "tests/integrations/test_bergson*.py"
 	.venv-integrations-numpy2/bin/python -m pytest tests/integrations/test_bergson.py \
+		tests/integrations/test_bergson_cli.py \
 		tests/integrations/test_captum.py \
 		"tests/integrations/test_examples.py::test_example[bergson_hessian]"
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..files import atomic
 from ..solvers import HyperINF, Solver
+from ..store.bergson import module_of, sizes
 from .factors import EigenFactors, eigen_factors
 from .imports import require
 from .layout import LORA_B
@@ -39,24 +40,34 @@ Rename = Callable[[str], str]
 PLACES = (bergson.builder, bergson.score.score, bergson.query.attributor)
 
 
-def module_of(block: str) -> str:
-    """A parameter's or a module's name as bergson's module name."""
-    return block.removesuffix(".weight")
-
-
-def write_hessian(folder: str | Path, solver: HyperINF, module: Rename = module_of) -> Path:
+def write_hessian(
+    folder: str | Path,
+    solver: HyperINF,
+    module: Rename = module_of,
+    *,
+    index: str | Path | None = None,
+) -> Path:
     """Write a fitted HyperINF as a factored Hessian that every bergson worker can load.
 
     Set `hessian_path=folder` and `inversion_cfg=inversion_config()`: the damping is inside, and the
     power -0.5 of unit-normalised scores is right as well. For gradients without projection.
 
+    Args:
+        module: block name -> module name, where `index` is not given.
+        index: a folder that `bergson build` made of the same model. Blocks take its module names,
+            and all of them must be there: a module that bergson does not find in a Hessian is
+            scored without one, and nothing says so.
+
     Raises:
-        InputError: a Hessian is there already, or the solver has no factors.
+        InputError: a Hessian is there already, the solver has no factors, or they do not fit the
+            index.
     """
     folder = Path(folder)
     if (folder / "eigen_activation_sharded").exists():
         raise InputError(f"{folder} holds a Hessian already")
-    factors = {module(name): found for name, found in eigen_factors(solver).items()}
+    by_block = eigen_factors(solver)
+    names = _named(by_block, index) if index is not None else {b: module(b) for b in by_block}
+    factors = {names[block]: found for block, found in by_block.items()}
     # bergson knows a factored Hessian by the activation folder, so that one comes last
     for part, kind in (("eigenvalue", "eigenvalues"), ("eigen_gradient", "gradient"),
                        ("eigen_activation", "activation")):  # fmt: skip
@@ -89,6 +100,27 @@ def write_dense_hessian(
     return Path(folder)
 
 
+def _named(factors: Mapping[str, EigenFactors], index: str | Path) -> dict[str, str]:
+    """{block: module of the index}: the one that the block's name ends with, of the same size."""
+    widths = sizes(index)[1]
+    names = {}
+    for block, found in factors.items():
+        full = block.removesuffix(".weight")
+        fitting = [m for m in widths if full == m or full.endswith(f".{m}")]
+        if not fitting:
+            raise InputError(f"{index} has no module for block {block}; it has {list(widths)[:2]}")
+        names[block] = max(fitting, key=len)
+        if widths[names[block]] != found.eigenvalues.numel():
+            raise InputError(
+                f"block {block} has {found.eigenvalues.numel()} numbers, module {names[block]} of "
+                f"{index} has {widths[names[block]]}: projected gradients need write_dense_hessian"
+            )
+    missing = sorted(set(widths) - set(names.values()))
+    if missing:
+        raise InputError(f"the solver has no block for module {missing[0]} of {index}")
+    return names
+
+
 def inversion_config() -> InversionConfig:
     """bergson's inversion without a damping of its own."""
     return InversionConfig(inversion="absolute_damped_inverse", damping_factor=0.0)
@@ -104,7 +136,14 @@ class HyperINFPreconditioner:
         self.power = power
 
     def apply(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Modules without factors pass through, as with bergson's own."""
+        """Modules without factors pass through, as with bergson's own.
+
+        Raises:
+            InputError: a module with factors is not among the gradients.
+        """
+        absent = sorted(set(self.factors) - set(grads))
+        if absent:
+            raise InputError(f"the gradients lack the module {absent[0]}; give module=")
         out = {}
         for name, flat in grads.items():
             factors = self.factors.get(name)

@@ -1,4 +1,4 @@
-"""captum 0.8 and 0.9: HyperINF as an influence function with embeddings.
+"""captum 0.8 and 0.9: HyperINF, or exact influence, as an influence function with embeddings.
 
 Scores are captum's: (n_test, n_train), positive helps, curvature a sum over the Hessian data set,
 so they are 1/n of ours; a number as damping is captum's `hessian_reg` on that sum.
@@ -6,16 +6,15 @@ so they are 1/n of ours; a number as damping is captum's `hessian_reg` on that s
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..solvers import BlockReport, Damping, HyperINF
+from ..solvers import BlockReport, Damping, Solver, make_solver
 from ..solvers.damping import DEFAULT_DAMPING
 from .conventions import HOSTS
-from .factors import EigenFactors, eigen_factors
 from .imports import require
 from .layout import Layout
 
@@ -27,9 +26,10 @@ from captum.influence._core.influence_function import (
 )
 from captum.influence._utils.common import KMostInfluentialResults, _format_inputs_dataset
 
-__all__ = ["HyperInfInfluenceFunction"]
+__all__ = ["ExactInfluenceFunction", "HyperInfInfluenceFunction"]
 
 HOST = HOSTS["captum"]
+PROBES = 8  # rows whose solution is judged, as embeddings are not
 
 
 class HyperInfInfluenceFunction(NaiveInfluenceFunction):
@@ -43,8 +43,10 @@ class HyperInfInfluenceFunction(NaiveInfluenceFunction):
         model, train_dataset, checkpoint, layers, loss_fn, batch_size, test_loss_fn,
         checkpoints_load_func, hessian_dataset, sample_wise_grads_per_batch: captum's.
         damping: a `Damping` on the mean, or a number on the sum.
-        **options: of `HyperINF`, such as `side="rows"`.
+        solver_options: of `HyperINF`, such as `{"side": "rows"}`.
     """
+
+    method: ClassVar[str] = "hyperinf"
 
     def __init__(
         self,
@@ -56,7 +58,9 @@ class HyperInfInfluenceFunction(NaiveInfluenceFunction):
         solver_options: dict[str, Any] | None = None,
         **captum_options: Any,
     ) -> None:
-        self._rule, self._options = damping, solver_options or {}
+        self._rule = damping
+        # a wrong option is said before any data is read
+        self.solver: Solver = make_solver(self.method, None, **(solver_options or {}))
         super().__init__(model, train_dataset, checkpoint, **captum_options)
 
     def _retrieve_projections_naive_influence_function(
@@ -70,13 +74,12 @@ class HyperInfInfluenceFunction(NaiveInfluenceFunction):
             else [p for module in self.layer_modules for p in module.parameters()]
         )
         self._layout = Layout.of((names[id(p)], p) for p in chosen)
-        solver = HyperINF(**self._options)
+        probe: dict[str, Tensor] = {}
         for batch in dataloader:
-            rows = self._rows(batch, self.loss_fn, self.reduction_type)
-            solver.update(self._layout.split(rows))
-        solver.damping = HOST.our_damping(self._rule, solver.n)
-        self.solver = solver.fit()
-        self._factors: dict[str, EigenFactors] = eigen_factors(solver)
+            grads = self._layout.split(self._rows(batch, self.loss_fn, self.reduction_type))
+            probe = probe or {name: grad[:PROBES] for name, grad in grads.items()}
+            self.solver.update(grads, copy=False)
+        self.solver.redamp(HOST.our_damping(self._rule, self.solver.n)).fit().apply(probe)
         return torch.empty(0)
 
     def compute_intermediate_quantities(
@@ -97,18 +100,12 @@ class HyperInfInfluenceFunction(NaiveInfluenceFunction):
         return rows.cpu() if return_on_cpu else rows.to(self.model_device)
 
     def report(self) -> list[BlockReport]:
-        """Damping per parameter; residuals are those of `apply` calls, which captum has none of."""
+        """One entry per parameter: damping, and the residual of a few training rows."""
         return self.solver.report()
 
     def _half(self, rows: Tensor) -> Tensor:
-        halves = []
-        for name, part in zip(
-            self._layout.shapes, rows.split(list(self._layout.sizes.values()), 1), strict=True
-        ):
-            factors = self._factors[name]
-            G = part.reshape(len(part), *factors.eigenvalues.shape)
-            halves.append(factors.apply(G, power=-0.5).flatten(1))
-        return torch.cat(halves, 1) / self.solver.n**0.5
+        halves = self.solver.half(self._layout.split(rows))
+        return torch.cat(list(halves.values()), 1) / self.solver.n**0.5
 
     def _rows(self, batch: Any, loss_fn: Any, reduction_type: str) -> Tensor:
         return _basic_computation_naive_influence_function(
@@ -131,3 +128,9 @@ class HyperInfInfluenceFunction(NaiveInfluenceFunction):
             rows = torch.cat([rows, ids], 1).gather(1, order)[:, :k]
             best = best[:, :k]
         return KMostInfluentialResults(rows, sign * best)
+
+
+class ExactInfluenceFunction(HyperInfInfluenceFunction):
+    """The exact damped empirical Fisher of each parameter for captum."""
+
+    method: ClassVar[str] = "exact"

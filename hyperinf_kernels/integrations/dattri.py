@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..ops import gram_accumulate_, sherman_morrison, spd_inverse
+from ..ops import gram_accumulate_, sherman_morrison
 from ..solvers import BlockReport, Damping, Solver, make_solver
 from ..solvers.damping import DEFAULT_DAMPING
 from .conventions import HOSTS
@@ -24,10 +24,11 @@ from .layout import Layout
 
 require("dattri", "dattri")
 
-import dattri.algorithm.block_projected_if.block_projected_if as block_projected_if
 from dattri.algorithm.base import BaseInnerProductAttributor
 from dattri.algorithm.influence_function import IFAttributorDataInf
 from dattri.algorithm.utils import _check_shuffle
+
+from .dattri_blocks import patches, stable_inverse
 
 __all__ = [
     "IFAttributor", "IFAttributorDataInfFast", "IFAttributorExact", "IFAttributorHyperINF",
@@ -52,11 +53,12 @@ class _OncePerSide(BaseInnerProductAttributor):
         Args:
             train_dataloader: the samples to score; not shuffled.
             test_dataloader: the queries; not shuffled.
-            relatif_method: None; dattri's own attributors have the RelatIF normalisations.
+            relatif_method: None; "l" divides a sample's scores by sqrt(<g, H^-1 g>), "theta" by
+                ||H^-1 g||.
         """
         _check_shuffle(train_dataloader)
         _check_shuffle(test_dataloader)
-        _no_relatif(relatif_method)
+        _check_relatif(relatif_method)
         if self.full_train_dataloader is None:
             self.cache(train_dataloader)
 
@@ -66,10 +68,10 @@ class _OncePerSide(BaseInnerProductAttributor):
                 for batch in self._batches(test_dataloader)
             ]
             queries = torch.cat(tests)
-            parts = [
-                _dots(self.transform_train_rep(index, rep), queries)
-                for rep in self._train_reps(index, train_dataloader)
-            ]
+            parts = []
+            for rep in self._train_reps(index, train_dataloader):
+                part = _dots(self.transform_train_rep(index, rep), queries)
+                parts.append(part / self._norm(index, rep, relatif_method)[:, None])
             return torch.cat(parts)
 
         return _mean_over_checkpoints(self.task, scores)
@@ -77,18 +79,30 @@ class _OncePerSide(BaseInnerProductAttributor):
     def self_attribute(self, train_dataloader: Any, relatif_method: str | None = None) -> Tensor:
         """Each sample's score on itself, (n_train,); one pass, any batch size."""
         _check_shuffle(train_dataloader)
-        _no_relatif(relatif_method)
+        _check_relatif(relatif_method)
         if self.full_train_dataloader is None:
             self.cache(train_dataloader)
 
         def scores(index: int) -> Tensor:
             parts = [
-                (rep * self.transform_test_rep(index, rep)).sum(1)
+                self._own(index, rep) / self._norm(index, rep, relatif_method)
                 for rep in self._train_reps(index, train_dataloader)
             ]
             return torch.cat(parts)
 
         return _mean_over_checkpoints(self.task, scores)
+
+    def _own(self, index: int, rep: Tensor) -> Tensor:
+        """<g, H^-1 g> of every row, (B,)."""
+        return (rep * self.transform_test_rep(index, rep)).sum(1)
+
+    def _norm(self, index: int, rep: Tensor, relatif_method: str | None) -> Tensor:
+        """RelatIF's divisor of every row, (B,)."""
+        if relatif_method == "l":
+            return self._own(index, rep).clamp_min(1e-12).sqrt()
+        if relatif_method == "theta":
+            return self.transform_test_rep(index, rep).norm(dim=1).clamp_min(1e-12)
+        return rep.new_ones(len(rep))
 
     def _batches(self, loader: Any) -> Iterator[tuple[Tensor, ...]]:
         # dattri's tasks expect a leading axis of one
@@ -151,6 +165,9 @@ class IFAttributor(_OncePerSide):
             raise InputError("the attributor is not fitted: call cache(train_dataloader) first")
         layout = self._layouts[ckpt_idx]
         return layout.join(self.solvers[ckpt_idx].apply(layout.split(test_rep.detach())))
+
+    def _own(self, index: int, rep: Tensor) -> Tensor:
+        return -self.solvers[index].self_influence(self._layouts[index].split(rep))
 
     def report(self) -> list[BlockReport]:
         """One entry per block and checkpoint: damping, residual, fallback."""
@@ -232,7 +249,7 @@ class IFAttributorDataInfFast(_OncePerSide, IFAttributorDataInf):
 
 
 PATCHED = ("attribute", "self_attribute", "transform_test_rep", "_get_layer_wise_reps",
-           "_train_reps", "_batches")  # fmt: skip
+           "_train_reps", "_batches", "_own", "_norm")  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -250,17 +267,14 @@ def _restoring(saved: dict[tuple[Any, str], Any]) -> Iterator[None]:
 def accelerate() -> contextlib.AbstractContextManager[None]:
     """Make existing scripts fast: call once before them; the scripts stay as they are.
 
-    `IFAttributorDataInf` becomes `IFAttributorDataInfFast`, under its own name, and the block
-    inverse of LoGra and FactGraSS becomes `stable_inverse`. As `with accelerate(): ...` the change
-    ends with the block.
+    `IFAttributorDataInf` becomes `IFAttributorDataInfFast`, under its own name, and LoGra and
+    FactGraSS invert all blocks of one size in one call of `stable_inverse`. As
+    `with accelerate(): ...` the change ends with the block.
     """
-    saved: dict[tuple[Any, str], Any] = {}
-    sources = {name: _member(name) for name in PATCHED}
-    for name, function in sources.items():
-        saved[IFAttributorDataInf, name] = vars(IFAttributorDataInf).get(name)
-        setattr(IFAttributorDataInf, name, function)
-    saved[block_projected_if, "stable_inverse"] = block_projected_if.stable_inverse
-    block_projected_if.stable_inverse = stable_inverse
+    members = {(IFAttributorDataInf, name): _member(name) for name in PATCHED} | patches()
+    saved = {place: vars(place[0]).get(place[1]) for place in members}
+    for (owner, name), value in members.items():
+        setattr(owner, name, value)
     return _restoring(saved)
 
 
@@ -269,37 +283,11 @@ def _member(name: str) -> Any:
     return vars(owner)[name]
 
 
-def stable_inverse(matrix: Tensor, damping: float | None = None) -> Tensor:
-    """(C + c trace/d I)^-1 (d, d) or (..., d, d): dattri's block inverse, batched and checked.
-
-    Args:
-        matrix: symmetric positive semi-definite. damping: c, relative; None: 1e-5, as in dattri.
-
-    Raises:
-        InputError: NaN or inf, or a residual over 1e-2, which dattri would have passed on.
-    """
-    c = 1e-5 if damping is None else float(damping)
-    A = matrix.double()
-    size = A.shape[-1]
-    shift = c * A.diagonal(dim1=-2, dim2=-1).sum(-1) / size
-    A = A + shift[..., None, None] * torch.eye(size, dtype=A.dtype, device=A.device)
-    if not bool(torch.isfinite(A).all()):
-        raise InputError("the block's Hessian holds NaN or inf")
-    inverse, info = spd_inverse(A, return_info=True)
-    worst = float(torch.as_tensor(info.residual).max())
-    if not worst <= 1e-2:
-        raise InputError(
-            f"the inverse of a {size} x {size} block has residual {worst:.1e} at relative damping "
-            f"{c:g}; increase the damping"
-        )
-    return inverse.to(matrix.dtype)
-
-
 def _dots(train: Tensor, queries: Tensor) -> Tensor:
     S = train.new_zeros(len(train), len(queries))
     return gram_accumulate_(S, train.contiguous(), queries.to(train.dtype).contiguous())
 
 
-def _no_relatif(method: str | None) -> None:
-    if method is not None:
-        raise InputError(f"relatif_method={method!r} is not supported here; use dattri's own class")
+def _check_relatif(method: str | None) -> None:
+    if method not in (None, "l", "theta"):
+        raise InputError(f"relatif_method must be None, 'l' or 'theta', got {method!r}")

@@ -7,13 +7,16 @@ formed once and shared by the blocks. Dask and zarr calculators take these model
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..attribution.stream import default_budget
 from ..errors import InputError
 from ..solvers import BlockReport, Damping, HyperINF, Solver, make_solver
 from .imports import require
@@ -69,9 +72,7 @@ class SolverInfluence(TorchComposableInfluence):  # type: ignore[type-arg]
         self.rules = self._rules(regularization)
         if self.is_fitted:
             for name, block in self.block_mapper.composable_block_dict.items():
-                solver = block.op.solver
-                solver.damping = make_solver(self.method, self.rules[name]).damping
-                solver.fit()
+                block.op.redamp(make_solver(self.method, self.rules[name]).damping)
         return self
 
     def report(self) -> list[BlockReport]:
@@ -106,9 +107,11 @@ class SolverInfluence(TorchComposableInfluence):  # type: ignore[type-arg]
             operators[name] = operator
             composition.op, composition.gp = operator, shared.of(name)
         for x, y in data:
-            grads = shared.all(TorchBatch(x.to(self.device), y.to(self.device)))
+            batch = TorchBatch(x.to(self.device), y.to(self.device))
+            grads = shared.all(batch)
             for name, operator in operators.items():
-                operator.update({p: grads[p] for p in self.parameter_dict[name]})
+                grads |= operator.update({p: grads[p] for p in self.parameter_dict[name]})
+            shared.keep(batch, grads)
         for operator in operators.values():
             operator.solver.fit()
         return TorchBlockMapper(blocks)
@@ -154,16 +157,30 @@ class SolverOperator(TensorOperator):
     def __init__(self, name: str, solver: Solver, layout: Layout, owner: SolverInfluence) -> None:
         super().__init__()
         self.name, self.solver, self.layout = name, solver, layout
+        self._last: tuple[Tensor, Tensor] | None = None
         self.by_parameter = isinstance(solver, HyperINF)
         self._device, self._dtype = owner.device, owner.dtype
 
-    def update(self, grads: Mapping[str, Tensor]) -> None:
-        """Add one batch of per-sample gradients {parameter: (B, *shape)}."""
+    def update(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Add one batch of per-sample gradients {parameter: (B, *shape)}.
+
+        Returns:
+            The same gradients, as views of what the solver keeps where it keeps rows.
+        """
         if self.by_parameter:
             self.solver.update({p: block_of(p, grad) for p, grad in grads.items()}, copy=False)
-        else:
-            flat = torch.cat([grad.flatten(1) for grad in grads.values()], 1)
-            self.solver.update({self.name: flat[:, None]}, copy=False)
+            return dict(grads)
+        flat = torch.cat([grad.flatten(1) for grad in grads.values()], 1)
+        self.solver.update({self.name: flat[:, None]}, copy=False)
+        parts = flat.split([grad[0].numel() for grad in grads.values()], 1)
+        return {
+            p: part.view(grad.shape) for (p, grad), part in zip(grads.items(), parts, strict=True)
+        }
+
+    def redamp(self, damping: Damping) -> None:
+        """Another damping, without data."""
+        self.solver.redamp(damping)
+        self._last = None
 
     @property
     def input_size(self) -> int:
@@ -186,31 +203,87 @@ class SolverOperator(TensorOperator):
         return self._apply_to_mat(vec[None])[0]
 
     def _apply_to_mat(self, mat: Tensor) -> Tensor:
+        # pyDVL asks again for the same queries with every training batch
+        if self._last is not None and torch.equal(self._last[0], mat):
+            return self._last[1].clone()
         if self.by_parameter:
-            return self.layout.join(self.solver.apply(self.layout.split(mat)))
-        return self.solver.apply({self.name: mat[:, None]})[self.name][:, 0]
+            applied = self.layout.join(self.solver.apply(self.layout.split(mat)))
+        else:
+            applied = self.solver.apply({self.name: mat[:, None]})[self.name][:, 0]
+        self._last = mat.clone(), applied.clone()
+        return applied
 
 
 class SharedGradients:
-    """One vmapped backward pass per batch for all blocks, the last two batches remembered."""
+    """One vmapped backward pass per batch for all blocks.
+
+    The training batches' gradients of `fit` are kept, as far as a quarter of the free memory goes
+    (methods that keep rows share theirs), and the last two batches' of any other data. A batch is
+    the same if its numbers and the model's are.
+    """
 
     def __init__(self, model: nn.Module, loss: Any, blocks: Mapping[str, Any]) -> None:
         self.model, self.loss, self.blocks = model, loss, blocks
         everything = {p: t for block in blocks.values() for p, t in block.items()}
         self.provider = TorchGradientProvider(model, loss, restrict_to=everything)
-        self.recent: list[tuple[Tensor, Tensor, dict[str, Tensor]]] = []
+        self.recent: list[Remembered] = []
+        self.kept: dict[Any, list[Remembered]] = {}
+        self.budget = default_budget()
 
     def all(self, batch: TorchBatch) -> dict[str, Tensor]:
         """{parameter: (B, *shape)}."""
-        for x, y, grads in self.recent:
-            if x is batch.x and y is batch.y:
-                return grads
+        state = self._state()
+        for found in [*self.recent, *self.kept.get(_key(batch), ())]:
+            if found.is_of(batch, state):
+                return dict(found.grads)
         grads = self.provider.grads(batch)
-        self.recent = [*self.recent[-1:], (batch.x, batch.y, grads)]
-        return grads
+        self.recent = [*self.recent[-1:], Remembered(batch.x, batch.y, state, grads)]
+        return dict(grads)
+
+    def keep(self, batch: TorchBatch, grads: dict[str, Tensor]) -> None:
+        """Remember a training batch's gradients while there is room."""
+        self.recent = []
+        self.budget -= sum(grad.nbytes for grad in grads.values())
+        if self.budget >= 0:
+            found = Remembered(batch.x, batch.y, self._state(), grads)
+            self.kept.setdefault(_key(batch), []).append(found)
 
     def of(self, block: str) -> BlockGradients:
         return BlockGradients(self, block)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Dask sends models to its workers, which form their own gradients
+        return {**vars(self), "recent": [], "kept": {}}
+
+    def _state(self) -> tuple[Any, ...]:
+        """Changes whenever a parameter or buffer, or the model's mode, does."""
+        tensors = itertools.chain(self.model.parameters(), self.model.buffers())
+        return (self.model.training, *((t.data_ptr(), t._version) for t in tensors))
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """A batch, the state of the model, and the per-sample gradients of both."""
+
+    x: Tensor
+    y: Tensor
+    state: tuple[Any, ...]
+    grads: dict[str, Tensor]
+
+    def is_of(self, batch: TorchBatch, state: tuple[Any, ...]) -> bool:
+        same = self.x is batch.x and self.y is batch.y
+        return self.state == state and (
+            same or (_equal(self.x, batch.x) and _equal(self.y, batch.y))
+        )
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+
+
+def _key(batch: TorchBatch) -> Any:
+    """Equal for equal batches, and rarely for others."""
+    return tuple(batch.x.shape), tuple(batch.x.flatten()[:8].tolist())
 
 
 class BlockGradients(TorchGradientProvider):

@@ -16,29 +16,18 @@ ITERATIONS, START, EXTRA = 30, 5e-5, 1e-3
 CHUNK = 256
 
 
-def _norms_square(G: Tensor) -> Tensor:
-    """||g_i||^2 in fp64, (n,)."""
-    return torch.linalg.vector_norm(G.flatten(1), dim=1).double().square()
-
-
-def _lambda(G: Tensor, lambda_const_param: float) -> float:
+def _lambda(G: Tensor, squares: Tensor, lambda_const_param: float) -> float:
     """The mean squared gradient entry over `lambda_const_param`."""
-    return float(_norms_square(G).sum()) / G.numel() / lambda_const_param
+    return float(squares.sum()) / G.numel() / lambda_const_param
 
 
-def _released_datainf(G: Tensor, V: Tensor, lambda_const_param: float) -> Tensor:
+def _released_datainf(G: Tensor, V: Tensor, squares: Tensor, lambda_const_param: float) -> Tensor:
     """mean_i (g_i g_i^T + lambda I)^-1 v, in the gradients' dtype."""
-    P, v = G.flatten(1), V.flatten(1)
-    squares = _norms_square(G)
-    lam = float(squares.sum()) / G.numel() / lambda_const_param
-    if len(v) > 1:
-        return sherman_morrison(v, P, lam).view_as(V)
-    # one query is two matrix-vector products, which torch runs at the speed of memory
-    weights = (P @ v[0]) / (lam + squares).to(P.dtype)
-    return ((v[0] - (weights @ P) / len(P)) / lam).view_as(V)
+    lam = _lambda(G, squares, lambda_const_param)
+    return sherman_morrison(V.flatten(1), G.flatten(1), lam).view_as(V)
 
 
-def _released_schulz(G: Tensor, V: Tensor, lambda_const_param: float) -> Tensor:
+def _released_schulz(G: Tensor, V: Tensor, squares: Tensor, lambda_const_param: float) -> Tensor:
     """V X_30 with A = mean_i g_i^T g_i + (lambda + 0.001) I, C built in the gradients' dtype."""
     size = G.shape[2]
     C = torch.zeros(size, size, dtype=torch.float64, device=G.device)
@@ -47,7 +36,7 @@ def _released_schulz(G: Tensor, V: Tensor, lambda_const_param: float) -> Tensor:
         # as released, products are in the gradients' dtype; only the sum of chunks is wider
         C += gfim_accumulate_(part_sum.zero_(), part)
     C /= len(G)
-    lam = _lambda(G, lambda_const_param) + EXTRA
+    lam = _lambda(G, squares, lambda_const_param) + EXTRA
     C.diagonal().add_(lam)
     W = released_inverse(C, V.double().flatten(0, 1), lam)
     return W.view_as(V).to(V.dtype)
@@ -81,17 +70,18 @@ def released_inverse(A: Tensor, V: Tensor, smallest: float) -> Tensor:
     return (V @ Q * gain) @ Q.mT
 
 
-def _released_lissa(G: Tensor, V: Tensor, lambda_const_param: float) -> Tensor:
+def _released_lissa(G: Tensor, V: Tensor, squares: Tensor, lambda_const_param: float) -> Tensor:
     """Ten steps r <- v + r - (mean_i <g_i, r> g_i - lambda r): the damping's sign is released."""
     P, v = G.flatten(1), V.flatten(1)
-    lam = _lambda(G, lambda_const_param)
+    lam = _lambda(G, squares, lambda_const_param)
     r = v
     for _ in range(10):
         r = v + r - ((r @ P.mT) @ P / len(P) - lam * r)
     return r.view_as(V)
 
 
-RELEASED: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+# (gradients (n, r, d), queries (m, r, d), ||g_i||^2 (n,), lambda_const_param) -> (m, r, d)
+RELEASED: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
     "datainf": _released_datainf,
     "hyperinf": _released_schulz,
     "lissa": _released_lissa,

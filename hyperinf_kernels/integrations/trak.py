@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import InputError
+from ..ops import spd_inverse
 from ..solvers import Damping, make_solver
 from .imports import require
 
@@ -30,7 +32,7 @@ class ScoreComputer(AbstractScoreComputer):
             X^T X, the sum.
         method: "exact" inverts X^T X + lambda I as TRAK does; "datainf" and the others as named.
         damping: overrides `lambda_reg` by a rule on the mean, such as `DataInfDamping(0.1)`.
-        rescale: divide the features by their mean magnitude, which keeps fp16 in range.
+        rescale: divide the inverse by its mean magnitude, as TRAK does to keep fp16 in range.
     """
 
     def __init__(
@@ -57,15 +59,37 @@ class ScoreComputer(AbstractScoreComputer):
 
     def get_x_xtx_inv(self, grads: Tensor, xtx: Tensor) -> Tensor:
         """X (X^T X + lambda I)^-1, (n, p)."""
-        rows = grads.float()[:, None]
+        rows = grads.float()
+        inverse = self._inverse(rows)
+        if self.rescale:
+            inverse /= inverse.abs().mean()
+        features = (rows.double() @ inverse).to(self.dtype)
+        if not bool(torch.isfinite(features).all()):
+            raise InputError(f"the features do not fit into {self.dtype}; set rescale=True")
+        return features.to(self.device)
+
+    def _inverse(self, rows: Tensor) -> Tensor:
+        """(X^T X + lambda I)^-1 of any method, (p, p) in fp64."""
+        eye = torch.eye(rows.shape[1], dtype=torch.float64, device=rows.device)
+        if self.method == "exact" and self.damping is None and self.lambda_reg == 0:
+            X = rows.double()
+            try:
+                inverse, info = spd_inverse(X.mT @ X, return_info=True)
+                regular = bool(torch.as_tensor(info.converged).all())
+            except ValueError:
+                regular = False
+            if not regular:
+                raise InputError(
+                    f"X^T X of {len(rows)} rows is singular in {rows.shape[1]} dimensions; give "
+                    "TRAKer a positive lambda_reg or a smaller proj_dim"
+                )
+            return inverse
         rule = self.damping if self.damping is not None else self.lambda_reg / len(rows)
         solver = make_solver(self.method, rule)
-        solver.update({"all": rows}, copy=False)
-        features = solver.fit().apply({"all": rows})["all"][:, 0] / len(rows)
+        solver.update({"all": rows[:, None]}, copy=False)
+        inverse = solver.fit().apply({"all": eye[:, None]})["all"][:, 0] / len(rows)
         self.report = solver.report()
-        if self.rescale:
-            features = features / features.abs().mean()
-        return features.to(self.dtype).to(self.device)
+        return inverse
 
     def get_scores(self, features: Tensor, target_grads: Tensor, accumulator: Tensor) -> None:
         scores = features.float() @ target_grads.float().to(features.device).mT

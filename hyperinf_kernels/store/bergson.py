@@ -14,9 +14,14 @@ from torch import Tensor
 from ..errors import InputError
 from ..files import atomic
 
-__all__ = ["read", "sizes", "write"]
+__all__ = ["module_of", "read", "sizes", "write"]
 
 Shapes = Mapping[str, tuple[int, int]]
+
+
+def module_of(block: str) -> str:
+    """A parameter's or a module's name as bergson's module name, which starts below a PeftModel."""
+    return block.removesuffix(".weight").removeprefix("base_model.")
 
 
 def sizes(folder: str | Path) -> tuple[int, dict[str, int]]:
@@ -31,8 +36,9 @@ def read(
     """(row numbers, {module: (B, r, d)}) batch by batch, in fp32 (fp64 for a fp64 store).
 
     Args:
-        shapes: {module: (O, I)} of each row; None: (1, O I), which the flat methods take as it is.
-            A projected store holds (p, p) per module.
+        shapes: {module: (O, I)} of each row, of which LoRA B is then transposed, as blocks are;
+            None: (1, O I), which the flat methods take as it is. A projected store holds (p, p)
+            per module.
 
     Raises:
         InputError: no store, a file of the wrong length, or per-token rows.
@@ -65,14 +71,20 @@ def read(
         yield (
             list(range(start, start + len(part))),
             {
-                name: grad.reshape(len(part), *(shapes[name] if shapes else (1, -1)))
+                name: _turned(name, grad.reshape(len(part), *shapes[name]))
+                if shapes
+                else grad[:, None]
                 for (name, _), grad in zip(widths.items(), columns, strict=True)
             },
         )
 
 
 def write(folder: str | Path, batches: Iterable[Mapping[str, Tensor]]) -> int:
-    """Write {module: (B, O, I) or (B, D)} batches as a store that bergson opens; the row count.
+    """Write batches of per-sample gradients as a store that bergson opens; the row count.
+
+    Args:
+        batches: {block: (B, r, d)}, as `per_sample_gradients` gives them, under bergson's names
+            afterwards (`module_of`); or {module: (B, D)}, written as it is.
 
     Raises:
         InputError: the folder holds a store already, no rows, or batches that do not fit.
@@ -85,7 +97,10 @@ def write(folder: str | Path, batches: Iterable[Mapping[str, Tensor]]) -> int:
     n = 0
     with atomic(folder / "gradients.bin") as temporary, temporary.open("wb") as file:
         for batch in batches:
-            flat = {name: grad.flatten(1) for name, grad in batch.items()}
+            flat = {
+                module_of(name): (_turned(name, grad) if grad.ndim == 3 else grad).flatten(1)
+                for name, grad in batch.items()
+            }
             found = {name: int(grad.shape[1]) for name, grad in flat.items()}
             widths = widths or found
             if found != widths:
@@ -101,6 +116,11 @@ def write(folder: str | Path, batches: Iterable[Mapping[str, Tensor]]) -> int:
     with atomic(folder / "info.json") as temporary:
         temporary.write_text(json.dumps(info, indent=2), encoding="utf-8")
     return n
+
+
+def _turned(name: str, rows: Tensor) -> Tensor:
+    """(O, I) <-> (r, d): a block of LoRA B is the transpose of the parameter."""
+    return rows.mT if "lora_B" in name.split(".") and rows.shape[1] > 1 else rows
 
 
 def _info(folder: Path) -> dict[str, Any]:

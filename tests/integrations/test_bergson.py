@@ -27,7 +27,7 @@ from tests.integrations.cases import CASES, Case, relative_error
 def layers(case: Case, data: object) -> dict[str, Tensor]:
     """{module: (n, O, I)} in the parameter's own layout, weights alone."""
     return {
-        name.removesuffix(".weight"): grad
+        store.module_of(name): grad
         for name, grad in case.raw(data).items()
         if name.endswith("weight")
     }
@@ -46,7 +46,7 @@ def index(folder: Path, case: Case) -> dict[str, Tensor]:
     """The training gradients as a bergson store in unequal batches; the queries as bergson asks."""
     train = layers(case, case.train)
     parts = (slice(0, 5), slice(5, 10), slice(10, None))
-    store.write(folder, [{n: g[part] for n, g in train.items()} for part in parts])
+    store.write(folder, [blocks({n: g[part] for n, g in train.items()}) for part in parts])
     GradientProcessor(projection_dim=None).save(folder)
     return {n: g.flatten(1).float() for n, g in layers(case, case.query).items()}
 
@@ -59,7 +59,7 @@ def scores(attributor: Attributor, queries: dict[str, Tensor], n: int) -> Tensor
 
 def fitted(folder: Path, solver: object, shapes: dict[str, tuple[int, int]]) -> object:
     for _, grads in store.read(folder, shapes, batch_size=4):
-        solver.update(blocks(grads))
+        solver.update(grads)
     return solver.fit()
 
 

@@ -13,7 +13,7 @@ pytest.importorskip("captum", reason="run `make test-integrations`")
 
 from captum.influence._core.influence_function import NaiveInfluenceFunction
 
-from hyperinf_kernels.integrations.captum import HyperInfInfluenceFunction
+from hyperinf_kernels.integrations.captum import ExactInfluenceFunction, HyperInfInfluenceFunction
 from tests import oracle
 from tests.integrations.cases import CASES, Case, relative_error
 
@@ -58,10 +58,32 @@ def test_influence_is_the_oracles_in_captums_convention(name: str, tmp_path: Pat
         values, rows = truth.topk(4, 1, largest=proponents)
         assert torch.equal(found.indices, rows)
         assert relative_error(found.influence_scores, values) < 1e-6
+    assert len(function.report()) == len(case.names)
+    assert all(entry.residual < 1e-9 for entry in function.report())
     own = function.self_influence(tuple(case.train.tensors))
     train = case.blocks(case.train)
     diagonal = -torch.from_numpy(oracle.influence(train, train, "hyperinf")).diagonal() / 13
     assert relative_error(own, diagonal) < 1e-6
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_exact_influence_has_embeddings_too(name: str, tmp_path: Path) -> None:
+    case = CASES[name]()
+    function = build(case, tmp_path, ExactInfluenceFunction)
+    found = function.influence(tuple(case.query.tensors))
+    assert relative_error(found, -case.influence("exact") / len(case.train)) < 1e-6
+
+
+def test_an_option_of_the_solver_is_judged_before_any_data(tmp_path: Path) -> None:
+    case = CASES["lora transformer"]()
+    rows = build(case, tmp_path, solver_options={"side": "rows"})
+    train, query = (
+        {n: g.mT for n, g in case.blocks(part).items()} for part in (case.train, case.query)
+    )
+    truth = -torch.from_numpy(oracle.influence(train, query, "hyperinf")) / len(case.train)
+    assert relative_error(rows.influence(tuple(case.query.tensors)), truth) < 1e-6
+    with pytest.raises((ValueError, TypeError), match="sides"):
+        build(case, tmp_path, solver_options={"sides": "rows"})
 
 
 def test_captums_k_most_forgets_the_test_loss_and_ours_does_not(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from dattri.task import AttributionTask
 
 from hyperinf_kernels import AbsoluteDamping, InputError
 from hyperinf_kernels.integrations import dattri as hkd
+from hyperinf_kernels.integrations import dattri_blocks
 from tests import oracle
 from tests.integrations.cases import CASES, Case, relative_error
 
@@ -180,9 +181,18 @@ def test_logra_runs_on_our_inverse(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         return logra.attribute(train, test)
 
     stock = script()
+    inverted: list[tuple[int, ...]] = []
+
+    def recorded(matrix: torch.Tensor, damping: float | None = None) -> torch.Tensor:
+        inverted.append(tuple(matrix.shape))
+        return hkd.stable_inverse(matrix, damping)
+
+    monkeypatch.setattr(dattri_blocks, "stable_inverse", recorded)
     with hkd.accelerate():
         fast = script()
+    assert inverted == [(2, 16, 16)], "blocks of one size are inverted together"
     assert relative_error(fast, stock) < 1e-4
+    assert torch.equal(script(), stock), "accelerate() must leave nothing behind"
 
 
 def test_an_attributor_names_what_is_wrong() -> None:

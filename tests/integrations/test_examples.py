@@ -24,6 +24,7 @@ HOST = {
     "trak_scores": "trak",
     "less_files": "torch",
     "transformers_trainer": "peft",
+    "trl_sft": "trl",
 }
 
 

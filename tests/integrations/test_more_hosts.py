@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hyperinf_kernels import DataInfDamping, HyperINF, InputError
 from hyperinf_kernels.integrations import less
@@ -150,78 +150,3 @@ def test_less_selection_scores(tmp_path: Path) -> None:
     assert relative_error(chosen, torch.tensor(slow)) < 1e-6
     with pytest.raises(InputError, match="7"):
         less.calculate_influence_score(torch.zeros(2, 7), query)
-
-
-class Words(torch.utils.data.Dataset):
-    def __init__(self, start: int, count: int) -> None:
-        generator = torch.Generator().manual_seed(start)
-        self.rows = [
-            {"input_ids": torch.randint(1, 61, (length,), generator=generator).tolist()}
-            for length in (5 + (start + k) % 4 for k in range(count))
-        ]
-        for row in self.rows:
-            row["labels"] = [-100, -100, *row["input_ids"][2:]]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.rows[index]
-
-
-def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-    lengths = [len(row["input_ids"]) for row in rows]
-    width = max(lengths)
-    padded = {
-        key: torch.tensor([row[key] + [fill] * (width - len(row[key])) for row in rows])
-        for key, fill in (("input_ids", 0), ("labels", -100))
-    }
-    mask = torch.arange(width)[None] < torch.tensor(lengths)[:, None]
-    return padded | {"attention_mask": mask.long()}
-
-
-def test_a_trainer_attributes_with_its_own_collator(tmp_path: Path) -> None:
-    pytest.importorskip("transformers", reason=REASON)
-    import transformers
-
-    from hyperinf_kernels.integrations.transformers import InfluenceCallback, attribute
-    from tests.models import llama
-
-    arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path), per_device_train_batch_size=5, per_device_eval_batch_size=5,
-        num_train_epochs=1, report_to=[], use_cpu=True, save_strategy="no", logging_strategy="no",
-        disable_tqdm=True,
-    )  # fmt: skip
-    model = llama().double()
-    trainer = transformers.Trainer(
-        model, arguments, train_dataset=Words(0, 13), data_collator=collate
-    )
-    callback = InfluenceCallback(trainer, Words(50, 7), tmp_path / "scores.parquet")
-    trainer.add_callback(callback)
-    trainer.train()
-    assert callback.scores is not None
-    assert callback.scores.values.shape == (7, 13)
-    assert (tmp_path / "scores.parquet").exists()
-    again = attribute(trainer, Words(50, 7), method="exact")
-
-    names = [n for n, p in model.named_parameters() if "lora_" in n]
-    parameters = dict(model.named_parameters())
-    model.eval()
-
-    def grads(data: Words) -> dict[str, Tensor]:
-        rows: dict[str, list[Tensor]] = {n: [] for n in names}
-        for row in data.rows:
-            batch = collate([row])
-            logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-            loss = nn.functional.cross_entropy(
-                logits[0, :-1], batch["labels"][0, 1:], reduction="sum", ignore_index=-100
-            )
-            found = torch.autograd.grad(loss, [parameters[n] for n in names])
-            for n, g in zip(names, found, strict=True):
-                rows[n].append(g.mT if "lora_B" in n else g)
-        return {n: torch.stack(g) for n, g in rows.items()}
-
-    train, query = grads(Words(0, 13)), grads(Words(50, 7))
-    for scores, method in ((callback.scores, "hyperinf"), (again, "exact")):
-        truth = torch.from_numpy(oracle.influence(train, query, method))
-        assert relative_error(scores.values, truth) < 1e-6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from pydvl.influence import (
     SequentialInfluenceCalculator,
 )
 from pydvl.influence.torch import InverseHarmonicMeanInfluence
+from pydvl.influence.torch.base import TorchGradientProvider
 from pydvl.influence.torch.util import NestedTorchCatAggregator, TorchNumpyConverter
 
 from hyperinf_kernels import AbsoluteDamping, InputError
@@ -142,3 +144,38 @@ def test_perturbation_mode_runs_through_our_factors() -> None:
     up = model.influences_from_factors(factors, shifted, y)
     slope = (up - model.influences_from_factors(factors, x, y)) / step
     assert relative_error(values[:, 3, 2], slope[:, 3]) < 1e-3
+
+
+def test_a_batchs_gradients_are_formed_once_but_never_for_another_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    case = CASES["mlp"]()
+    train, test = case.loaders()
+    formed: list[int] = []
+    own = TorchGradientProvider._grads
+
+    def counted(self: Any, batch: Any) -> Any:
+        formed.append(len(batch.x))
+        return own(self, batch)
+
+    monkeypatch.setattr(TorchGradientProvider, "_grads", counted)
+    for model in (
+        hkp.ExactInfluence(case.model, LOSS, regularization=0.1),
+        hkp.HyperInfInfluence(case.model, LOSS, regularization=0.1),
+    ):
+        formed.clear()
+        model.fit(train)
+        for _ in range(2):
+            lazy = SequentialInfluenceCalculator(model).influences(test, train)
+            values = lazy.compute(aggregator=NestedTorchCatAggregator())
+        assert sorted(formed) == [3, 3, 4, 5, 5], "13 training samples and 7 queries"
+        assert relative_error(values, whole(model, case)) < 1e-12
+        sent = pickle.loads(pickle.dumps(model))
+        assert relative_error(whole(sent, case), values) < 1e-12
+        before = model.influence_factors(*case.query.tensors)
+        with torch.no_grad():
+            for parameter in case.model.parameters():
+                parameter.mul_(1.1)
+        changed = model.influences_from_factors(before, *case.train.tensors)
+        rows = torch.cat([g.flatten(1) for g in case.raw(case.train).values()], 1)
+        assert relative_error(changed, before @ rows.mT) < 1e-12
