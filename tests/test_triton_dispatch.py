@@ -147,6 +147,16 @@ def test_many_queries_are_scored_in_slices(queries: int, variant: str) -> None:
     assert select("per_sample_dot", tensors, MACHINES[90]).config["variant"] == variant
 
 
+def test_gfim_tells_what_its_sum_runs_in() -> None:
+    C, bf16 = meta(512, 512), torch.bfloat16
+    rows = select("gfim_accumulate_", (C, meta(32, 16, 512, dtype=bf16)), MACHINES[90])
+    assert rows.config["precision"] == "bf16"
+    factors = (meta(32, 128, 16, dtype=bf16), meta(32, 128, 512, dtype=bf16))
+    plan = select("gfim_accumulate_", (C, *factors), MACHINES[90])
+    assert plan.config["precision"] == "tf32x3"
+    assert plan.config["variant"] == "gradients in slices"
+
+
 def test_tiny_matrices_run_exactly_whatever_is_permitted() -> None:
     assert entry.arithmetic(16, "bf16") == "ieee"
     assert entry.arithmetic(64, "bf16") == "bf16"

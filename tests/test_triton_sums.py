@@ -283,6 +283,23 @@ def test_factors_of_two_dtypes_and_strided_columns() -> None:
     oracle.assert_as_exact_as(dots, oracle.per_sample_dot(delta, act, V), peer, k=K, floor=FLOOR)
 
 
+def test_no_tokens_are_zero_gradients() -> None:
+    delta, act, V = random(3, 0, 4), random(3, 0, 9), random(9, 4, 9, seed=2)
+    assert torch.equal(factors.per_sample_grad(delta, act), torch.zeros(3, 4, 9, device=DEVICE))
+    for queries in (2, 9):
+        dots = factors.per_sample_dot(delta, act, V[:queries], False)
+        assert torch.equal(dots, torch.zeros(3, queries, device=DEVICE))
+    lam = torch.tensor(0.25, device=DEVICE)
+    assert torch.equal(factors.sherman_morrison_factored(V, delta, act, lam), 4 * V)
+
+
+def test_more_queries_than_the_fused_kernel_holds_are_refused() -> None:
+    from hyperinf_kernels.ops.triton.per_sample import per_sample
+
+    with pytest.raises(ValueError, match="up to 8 queries at once, got 9"):
+        per_sample(random(2, 3, 4), random(2, 3, 5), random(9, 4, 5))
+
+
 @pytest.fixture(params=[None, 2], ids=["one slice", "slices of two"])
 def slices_of(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> object:
     """L2 so small that `n` gradients of 4 x 70 are a slice."""

@@ -332,8 +332,8 @@ def test_gradients_are_written_once() -> None:
 def test_topk_reads_every_score_once(k: int) -> None:
     from hyperinf_kernels.ops.topk import topk_empty
 
-    scores = random(3, 5000)
-    kept = topk_empty(3, k)
+    scores = random(1, 1000)
+    kept = topk_empty(1, k)
     with counted(1 << 16) as cache:
         face.topk_merge_(*kept, scores, 0, False)
     assert cache.bytes() <= MOST * (size_of(scores) + 2 * size_of(*kept))

@@ -120,12 +120,22 @@ def _refuse_sums(metas: tuple[TensorMeta, ...]) -> str | None:
 
 
 def _sums_config(metas: tuple[TensorMeta, ...], machine: Capability) -> Mapping[str, Any]:
-    total, *rows = metas
-    precision = products_of([meta.dtype for meta in rows])
-    config = choose(
-        "accumulate", arch_for(machine.cuda), precision, max(total.shape[-2:], default=0)
-    )
-    return shown(config, precision=precision)
+    return _sums_as(products_of([meta.dtype for meta in metas[1:]]), metas, machine)
+
+
+def _gfim_config(metas: tuple[TensorMeta, ...], machine: Capability) -> Mapping[str, Any]:
+    if len(metas) < 3:
+        return _sums_config(metas, machine)
+    # gradients are formed in fp32 whatever their factors are
+    return _sums_as("tf32x3", metas, machine, variant="gradients in slices")
+
+
+def _sums_as(
+    precision: str, metas: tuple[TensorMeta, ...], machine: Capability, **more: Any
+) -> Mapping[str, Any]:
+    side = max(metas[0].shape[-2:], default=0)
+    config = choose("accumulate", arch_for(machine.cuda), precision, side)
+    return shown(config, precision=precision, **more)
 
 
 @implements("gram_accumulate_", "triton", _refuse_sums, config=_sums_config)
@@ -133,7 +143,7 @@ def gram_accumulate_(K: Tensor, G1: Tensor, G2: Tensor) -> Tensor:
     return _add_products(K, G1.mT, G2.mT, 1.0, symmetric=G1 is G2)
 
 
-@implements("gfim_accumulate_", "triton", _refuse_sums, config=_sums_config)
+@implements("gfim_accumulate_", "triton", _refuse_sums, config=_gfim_config)
 def gfim_accumulate_(
     C: Tensor, grads: Tensor, act: Tensor | None = None, *, side: str, alpha: float
 ) -> Tensor:
