@@ -67,7 +67,7 @@ def test_the_side_decides_how_a_chain_runs(side: int, variant: str) -> None:
         ("per_sample_dot", (meta(2, 4, 65), meta(2, 4, 9), meta(1, 65, 9)), "more than 64 rows"),
         ("per_sample_grad", (meta(2, 4, 8), meta(2, 4, 9, dtype=torch.float64)), "not float64"),
         ("sherman_morrison_factored", (meta(2, 65, 9), meta(3, 4, 65), meta(3, 4, 9)), "64 rows"),
-        ("topk_merge_", (meta(2, 129), meta(2, 129), meta(2, 9)), "keeps up to 128 entries"),
+        ("topk_merge_", (meta(2, 513), meta(2, 513), meta(2, 9)), "keeps up to 512 entries"),
         ("topk_merge_", (meta(2, 9, dtype=torch.float64),) * 3, "not float64"),
         ("spd_inverse", (meta(2, 8, 8),), "no triton kernel for spd_inverse"),
         ("pairwise_dot", (meta(2, 4, 8),) * 4, "no triton kernel for pairwise_dot"),

@@ -435,7 +435,9 @@ def merged(scores: Tensor, k: int, sizes: tuple[int, ...], largest: bool) -> tup
 
 
 @pytest.mark.parametrize("largest", [False, True])
-@pytest.mark.parametrize(("k", "sizes"), [(1, (1,)), (5, (40, 3, 100)), (100, (70, 200))], ids=str)
+@pytest.mark.parametrize(
+    ("k", "sizes"), [(1, (1,)), (5, (40, 3, 100)), (100, (70, 200)), (300, (310,))], ids=str
+)
 def test_topk_of_a_stream_is_the_sorted_prefix(
     k: int, sizes: tuple[int, ...], largest: bool
 ) -> None:
@@ -475,7 +477,7 @@ def test_topk_positions_end_at_31_bits() -> None:
 
 
 @pytest.mark.usefixtures("through_the_dispatcher")
-@pytest.mark.parametrize(("k", "backend"), [(128, "triton"), (129, "torch")])
+@pytest.mark.parametrize(("k", "backend"), [(128, "triton"), (513, "torch")])
 def test_the_panel_of_top_k_merges_where_the_scores_are(k: int, backend: str) -> None:
     from hyperinf_kernels.attribution.scores import TopKPanel
 

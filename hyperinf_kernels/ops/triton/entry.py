@@ -25,7 +25,7 @@ LARGEST_ONCHIP, LARGEST_IN_REGISTERS = 128, 32
 LARGEST_SIDE = 32768
 # below this half the tiles save less than mirroring costs
 LEAST_SYMMETRIC = 512
-LARGEST_K = 128  # entries of a top-k that one program sorts
+LARGEST_K = 512  # entries of a top-k that one program sorts
 
 
 def _refuse_schulz(metas: tuple[TensorMeta, ...]) -> str | None:
