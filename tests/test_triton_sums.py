@@ -40,7 +40,9 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("samples", "rows", "d"), [(1, 1, 1), (7, 3, 65), (20, 4, 130)], ids=str)
+@pytest.mark.parametrize(
+    ("samples", "rows", "d"), [(1, 1, 1), (7, 3, 65), (6, 5, 60), (20, 4, 130)], ids=str
+)
 @pytest.mark.parametrize("side", ["cols", "rows"])
 def test_gfim(
     samples: int, rows: int, d: int, side: str, dtype: torch.dtype, allocations: Allocations

@@ -23,6 +23,8 @@ from .launch import WORD, arch_of, l2_share, products_of, unit
 LARGEST_ONCHIP, LARGEST_IN_REGISTERS = 128, 32
 # 32-bit offsets inside one matrix
 LARGEST_SIDE = 32768
+# columns over rows from which the products of single gradients are small beside these
+SHORT = 16
 # below this half the tiles save less than mirroring costs
 LEAST_SYMMETRIC = 512
 LARGEST_K = 512  # entries of a top-k that one program sorts
@@ -148,6 +150,12 @@ def gfim_accumulate_(
     C: Tensor, grads: Tensor, act: Tensor | None = None, *, side: str, alpha: float
 ) -> Tensor:
     lead = C.shape[:-2]
+    if act is None and side == "rows" and SHORT * grads.shape[-2] <= grads.shape[-1]:
+        # one product per sample: stacking the transposed gradients would copy all of them
+        turned = reference.apart(C, reference.samples(grads, lead, 2)).mT
+        each = C.new_zeros(*turned.shape[:-2], *C.shape[-2:])
+        _add_products(each, turned, turned, 1.0, symmetric=True)
+        return C.add_(each.sum(-3), alpha=alpha)
     if act is None:
         stack = reference.samples(grads if side == "cols" else grads.mT, lead, 1)
         return _add_products(C, stack, stack, alpha, symmetric=True)
