@@ -188,5 +188,8 @@ def test_bad_dictionaries_are_one_clear_error() -> None:
     train[3] = {"other": torch.zeros(2, 2)}
     with pytest.raises(InputError, match="sample 3"):
         engine.preprocess_gradients(train, query)
+    train[3] = {name: grad.float() for name, grad in train[2].items()}
+    with pytest.raises(InputError, match="dtypes"):
+        engine.preprocess_gradients(train, query)
     with pytest.raises(ValueError, match="parity"):
         hyperinf.IFEngine(mode="exact")
