@@ -88,7 +88,7 @@ def measure(quick: bool) -> Iterator[Measurement]:
             },
             1 if quick else 7,
         )
-        batches = [{key: rows.ids for key in ("input_ids", "labels")} for rows in (train, query)]
+        batches = [dict.fromkeys(("input_ids", "labels"), rows.ids) for rows in (train, query)]
         double = model.double()
         grads = [hk.per_sample_gradients(double, batch) for batch in batches]
         errors = {}
