@@ -20,6 +20,7 @@ from .imports import require
 require("kronfluence", "kronfluence")
 
 from kronfluence.arguments import FactorArguments, ScoreArguments
+from kronfluence.module.utils import get_tracked_module_names
 from kronfluence.utils.constants import (
     ACTIVATION_EIGENVALUES_NAME,
     ACTIVATION_EIGENVECTORS_NAME,
@@ -61,12 +62,17 @@ def write_factors(
         The folder.
 
     Raises:
-        InputError: factors of that name exist, or the solver has none.
+        InputError: factors of that name exist, the solver has none, or they are not those of the
+            analyzer's tracked modules.
     """
     folder = Path(analyzer.factors_output_dir(factors_name=factors_name))
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"factors {factors_name!r} exist already in {folder}; take another name")
     factors = {module(name): found for name, found in eigen_factors(solver).items()}
+    odd = sorted(set(factors) ^ set(get_tracked_module_names(analyzer.model)))
+    if odd:
+        where = "the analyzer does not track" if odd[0] in factors else "the solver has no block of"
+        raise InputError(f"{where} module {odd[0]}")
     folder.mkdir(parents=True, exist_ok=True)
     tables = {
         ACTIVATION_EIGENVECTORS_NAME: {m: f.activation.float() for m, f in factors.items()},

@@ -70,6 +70,28 @@ def test_attributors_give_the_oracles_scores(name: str, method: str) -> None:
     assert all(entry.converged for entry in attributor.report())
 
 
+def test_checkpoints_are_averaged() -> None:
+    case = CASES["mlp"]()
+    train, test = case.loaders()
+    states, expected = [], []
+    for scale in (1.0, 1.5):
+        with torch.no_grad():
+            for parameter in case.model.parameters():
+                parameter.mul_(scale)
+        states.append({name: p.detach().clone() for name, p in case.model.named_parameters()})
+        expected.append((-case.influence("hyperinf").T, datainf_by_layer(case, 0.1)))
+    several = task(case)
+    several = AttributionTask(several.original_loss_func, case.model, states)
+    ours = hkd.IFAttributorHyperINF(several, case.names)
+    ours.cache(train)
+    truth = [(first + second) / 2 for first, second in zip(*expected, strict=True)]
+    assert relative_error(ours.attribute(train, test), truth[0]) < 1e-6
+    with hkd.accelerate():
+        fast = IFAttributorDataInf(several, regularization=0.1)
+        fast.cache(train)
+        assert relative_error(fast.attribute(train, test), truth[1]) < 1e-6
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_self_attribute_is_the_diagonal_for_any_batch_size(name: str) -> None:
     case = CASES[name]()

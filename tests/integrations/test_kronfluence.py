@@ -74,6 +74,10 @@ def test_pairwise_scores_are_hyperinfs(name: str, mode: Any, tmp_path: Path) -> 
     )
     # kronfluence keeps its factors and its scores in fp32
     assert relative_error(scores, -torch.from_numpy(expected)) < 1e-4
+    part = HyperINF()
+    part.update(dict(list(train.items())[1:]))
+    with pytest.raises(InputError, match="has no block of module"):
+        hkk.write_factors(analyzer, "part", part.fit())
     with pytest.raises(InputError, match="exist already"):
         hkk.write_factors(analyzer, "hyperinf", solver)
 
