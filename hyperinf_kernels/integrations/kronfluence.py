@@ -75,12 +75,12 @@ def write_factors(
         raise InputError(f"{where} module {odd[0]}")
     folder.mkdir(parents=True, exist_ok=True)
     tables = {
-        ACTIVATION_EIGENVECTORS_NAME: {m: f.activation.float() for m, f in factors.items()},
-        GRADIENT_EIGENVECTORS_NAME: {m: f.gradient.float() for m, f in factors.items()},
+        ACTIVATION_EIGENVECTORS_NAME: {m: f.activation for m, f in factors.items()},
+        GRADIENT_EIGENVECTORS_NAME: {m: f.gradient for m, f in factors.items()},
         # EK-FAC takes its spectrum from lambda_matrix alone, but expects these files
-        ACTIVATION_EIGENVALUES_NAME: {m: f.eigenvalues[0].float() for m, f in factors.items()},
-        GRADIENT_EIGENVALUES_NAME: {m: f.eigenvalues[:, 0].float() for m, f in factors.items()},
-        LAMBDA_MATRIX_NAME: {m: f.eigenvalues.float() for m, f in factors.items()},
+        ACTIVATION_EIGENVALUES_NAME: {m: f.eigenvalues[0] for m, f in factors.items()},
+        GRADIENT_EIGENVALUES_NAME: {m: f.eigenvalues[:, 0] for m, f in factors.items()},
+        LAMBDA_MATRIX_NAME: {m: f.eigenvalues for m, f in factors.items()},
         NUM_LAMBDA_PROCESSED: {m: torch.ones(1, dtype=torch.int64) for m in factors},
     }
     for name, table in tables.items():
@@ -95,5 +95,9 @@ def write_factors(
 
 
 def score_arguments(**changes: Any) -> ScoreArguments:
-    """kronfluence's `ScoreArguments` with no damping of its own."""
+    """kronfluence's `ScoreArguments` with no damping of its own.
+
+    The factors are fp64; it scores in fp32 unless `score_dtype`, `per_sample_gradient_dtype` and
+    `precondition_dtype` say otherwise.
+    """
     return ScoreArguments(damping_factor=0.0, **changes)
