@@ -154,5 +154,10 @@ def test_less_selection_scores(name: str, tmp_path: Path) -> None:
     parts = (slice(2), slice(2, 5), slice(5, 7))
     slow = [max(np.mean(truth[k, part]) for part in parts) for k in range(N_TRAIN)]
     assert relative_error(chosen, torch.tensor(slow)) < 1e-6
+    whole = (tmp_path / "all_orig.pt").read_bytes()
+    for part in (whole[: len(whole) // 2], b""):
+        (tmp_path / "cut.pt").write_bytes(part)
+        with pytest.raises(InputError, match="no complete tensor file"):
+            next(read_less(tmp_path / "cut.pt"))
     with pytest.raises(InputError, match="7"):
         less.calculate_influence_score(torch.zeros(2, 7), torch.zeros(2, 6))
