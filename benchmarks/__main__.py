@@ -16,6 +16,7 @@ from . import native as native
 from . import native_inverses as native_inverses
 from . import native_per_sample as native_per_sample
 from . import plots, registry
+from . import pool as pool
 from . import roberta as roberta
 
 

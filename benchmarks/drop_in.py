@@ -1,7 +1,7 @@
 """Stock against drop-in: the same script, the same run, one import changed.
 
 `python -m benchmarks.drop_in [--quick] [host ...]` in the environment of `make test-integrations`.
-Hosts: reference, dattri, pydvl, kronfluence, bergson. Writes results/drop-in-HOST.csv.
+Hosts: reference, dattri, dattri_llm, pydvl, kronfluence, bergson. Writes results/drop-in-HOST.csv.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 
 from . import plots, registry
 
-HOSTS = ("reference", "dattri", "pydvl", "kronfluence", "bergson")
+HOSTS = ("reference", "dattri", "dattri_llm", "pydvl", "kronfluence", "bergson")
 
 
 def main() -> None:

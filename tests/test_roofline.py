@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 from hyperinf_kernels import roofline
 from hyperinf_kernels.ops import costs
+from hyperinf_kernels.ops.triton.launch import l2_share
 from hyperinf_kernels.ops.triton.raster import order
 from hyperinf_kernels.roofline import DEVICES, schulz
 
@@ -61,6 +63,18 @@ def cholesky(device: roofline.Device, d: int, batch: int, condition: float) -> f
 def test_the_comparison_can_go_the_other_way() -> None:
     wishful = roofline._device("wishful", 90, 100.0, 50, 1.0, 1000.0, 1000.0)
     assert schulz(wishful, 128, 1000, 10.0).seconds < cholesky(wishful, 128, 1000, 10.0)
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=list(DEVICES))
+def test_writing_the_gradients_of_a_large_gfim_costs_less_than_a_tenth(
+    device: roofline.Device,
+) -> None:
+    # the smallest side whose sum leaves a third of L2, from where slices pass through memory
+    d = math.isqrt(l2_share(device.arch) // 4) + 1
+    assert 4 * d * d > l2_share(device.arch)
+    written = 4 * d / device.memory
+    summed = d * d / device.flops["tf32x3"]
+    assert written < 0.1 * summed
 
 
 @pytest.mark.parametrize(

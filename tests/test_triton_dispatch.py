@@ -67,7 +67,7 @@ def test_the_side_decides_how_a_chain_runs(side: int, variant: str) -> None:
         ("per_sample_dot", (meta(2, 4, 65), meta(2, 4, 9), meta(1, 65, 9)), "more than 64 rows"),
         ("per_sample_grad", (meta(2, 4, 8), meta(2, 4, 9, dtype=torch.float64)), "not float64"),
         ("sherman_morrison_factored", (meta(2, 65, 9), meta(3, 4, 65), meta(3, 4, 9)), "64 rows"),
-        ("topk_merge_", (meta(2, 129), meta(2, 129), meta(2, 9)), "keeps up to 128 entries"),
+        ("topk_merge_", (meta(2, 513), meta(2, 513), meta(2, 9)), "keeps up to 512 entries"),
         ("topk_merge_", (meta(2, 9, dtype=torch.float64),) * 3, "not float64"),
         ("spd_inverse", (meta(2, 8, 8),), "no triton kernel for spd_inverse"),
         ("pairwise_dot", (meta(2, 4, 8),) * 4, "no triton kernel for pairwise_dot"),
@@ -145,6 +145,16 @@ def test_half_inputs_use_the_cheapest_exact_products() -> None:
 def test_many_queries_are_scored_in_slices(queries: int, variant: str) -> None:
     tensors = (meta(8, 128, 16), meta(8, 128, 1024), meta(queries, 16, 1024))
     assert select("per_sample_dot", tensors, MACHINES[90]).config["variant"] == variant
+
+
+def test_gfim_tells_what_its_sum_runs_in() -> None:
+    C, bf16 = meta(512, 512), torch.bfloat16
+    rows = select("gfim_accumulate_", (C, meta(32, 16, 512, dtype=bf16)), MACHINES[90])
+    assert rows.config["precision"] == "bf16"
+    factors = (meta(32, 128, 16, dtype=bf16), meta(32, 128, 512, dtype=bf16))
+    plan = select("gfim_accumulate_", (C, *factors), MACHINES[90])
+    assert plan.config["precision"] == "tf32x3"
+    assert plan.config["variant"] == "gradients in slices"
 
 
 def test_tiny_matrices_run_exactly_whatever_is_permitted() -> None:

@@ -16,8 +16,8 @@ from tests.triton_cases import INTERPRETING, TRITON
 
 FILES = {
     "tests/test_triton_schulz.py": 60,
-    "tests/test_triton_sums.py": 90,
-    "tests/test_triton_traffic.py": 10,
+    "tests/test_triton_sums.py": 145,
+    "tests/test_triton_traffic.py": 28,
 }
 
 

@@ -40,7 +40,9 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("samples", "rows", "d"), [(1, 1, 1), (7, 3, 65), (20, 4, 130)], ids=str)
+@pytest.mark.parametrize(
+    ("samples", "rows", "d"), [(1, 1, 1), (7, 3, 65), (6, 5, 60), (20, 4, 130)], ids=str
+)
 @pytest.mark.parametrize("side", ["cols", "rows"])
 def test_gfim(
     samples: int, rows: int, d: int, side: str, dtype: torch.dtype, allocations: Allocations
@@ -283,6 +285,23 @@ def test_factors_of_two_dtypes_and_strided_columns() -> None:
     oracle.assert_as_exact_as(dots, oracle.per_sample_dot(delta, act, V), peer, k=K, floor=FLOOR)
 
 
+def test_no_tokens_are_zero_gradients() -> None:
+    delta, act, V = random(3, 0, 4), random(3, 0, 9), random(9, 4, 9, seed=2)
+    assert torch.equal(factors.per_sample_grad(delta, act), torch.zeros(3, 4, 9, device=DEVICE))
+    for queries in (2, 9):
+        dots = factors.per_sample_dot(delta, act, V[:queries], False)
+        assert torch.equal(dots, torch.zeros(3, queries, device=DEVICE))
+    lam = torch.tensor(0.25, device=DEVICE)
+    assert torch.equal(factors.sherman_morrison_factored(V, delta, act, lam), 4 * V)
+
+
+def test_more_queries_than_the_fused_kernel_holds_are_refused() -> None:
+    from hyperinf_kernels.ops.triton.per_sample import per_sample
+
+    with pytest.raises(ValueError, match="up to 8 queries at once, got 9"):
+        per_sample(random(2, 3, 4), random(2, 3, 5), random(9, 4, 5))
+
+
 @pytest.fixture(params=[None, 2], ids=["one slice", "slices of two"])
 def slices_of(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> object:
     """L2 so small that `n` gradients of 4 x 70 are a slice."""
@@ -418,7 +437,9 @@ def merged(scores: Tensor, k: int, sizes: tuple[int, ...], largest: bool) -> tup
 
 
 @pytest.mark.parametrize("largest", [False, True])
-@pytest.mark.parametrize(("k", "sizes"), [(1, (1,)), (5, (40, 3, 100)), (100, (70, 200))], ids=str)
+@pytest.mark.parametrize(
+    ("k", "sizes"), [(1, (1,)), (5, (40, 3, 100)), (100, (70, 200)), (300, (310,))], ids=str
+)
 def test_topk_of_a_stream_is_the_sorted_prefix(
     k: int, sizes: tuple[int, ...], largest: bool
 ) -> None:
@@ -458,7 +479,7 @@ def test_topk_positions_end_at_31_bits() -> None:
 
 
 @pytest.mark.usefixtures("through_the_dispatcher")
-@pytest.mark.parametrize(("k", "backend"), [(128, "triton"), (129, "torch")])
+@pytest.mark.parametrize(("k", "backend"), [(128, "triton"), (513, "torch")])
 def test_the_panel_of_top_k_merges_where_the_scores_are(k: int, backend: str) -> None:
     from hyperinf_kernels.attribution.scores import TopKPanel
 

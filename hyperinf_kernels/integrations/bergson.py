@@ -80,7 +80,12 @@ def write_hessian(
 
 
 def write_dense_hessian(
-    folder: str | Path, solver: HyperINF, processor: Any, module: Rename = module_of
+    folder: str | Path,
+    solver: HyperINF,
+    processor: Any,
+    module: Rename = module_of,
+    *,
+    index: str | Path | None = None,
 ) -> Path:
     """Write HyperINF of a projected store as the dense Hessian that bergson checks and inverts.
 
@@ -90,12 +95,15 @@ def write_dense_hessian(
     Args:
         solver: fitted on the store's rows as (p, p), see `hyperinf_kernels.store.bergson.read`.
         processor: the `GradientProcessor` of the store, whose projection settings are copied.
+        module, index: as in `write_hessian`.
     """
     hessians = {}
-    for name, factors in eigen_factors(solver).items():
+    by_block = eigen_factors(solver)
+    names = _named(by_block, index) if index is not None else {b: module(b) for b in by_block}
+    for name, factors in by_block.items():
         E = factors.eigenvalues.flatten()
         Q = torch.kron(factors.gradient.contiguous(), factors.activation.contiguous())
-        hessians[module(name)] = ((Q * E) @ Q.mT).float()
+        hessians[names[name]] = ((Q * E) @ Q.mT).float()
     dataclasses.replace(processor, hessians=hessians, hessians_eigen={}).save(Path(folder))
     return Path(folder)
 

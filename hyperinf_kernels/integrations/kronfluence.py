@@ -20,6 +20,7 @@ from .imports import require
 require("kronfluence", "kronfluence")
 
 from kronfluence.arguments import FactorArguments, ScoreArguments
+from kronfluence.module.utils import get_tracked_module_names
 from kronfluence.utils.constants import (
     ACTIVATION_EIGENVALUES_NAME,
     ACTIVATION_EIGENVECTORS_NAME,
@@ -61,20 +62,25 @@ def write_factors(
         The folder.
 
     Raises:
-        InputError: factors of that name exist, or the solver has none.
+        InputError: factors of that name exist, the solver has none, or they are not those of the
+            analyzer's tracked modules.
     """
     folder = Path(analyzer.factors_output_dir(factors_name=factors_name))
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"factors {factors_name!r} exist already in {folder}; take another name")
     factors = {module(name): found for name, found in eigen_factors(solver).items()}
+    odd = sorted(set(factors) ^ set(get_tracked_module_names(analyzer.model)))
+    if odd:
+        where = "the analyzer does not track" if odd[0] in factors else "the solver has no block of"
+        raise InputError(f"{where} module {odd[0]}")
     folder.mkdir(parents=True, exist_ok=True)
     tables = {
-        ACTIVATION_EIGENVECTORS_NAME: {m: f.activation.float() for m, f in factors.items()},
-        GRADIENT_EIGENVECTORS_NAME: {m: f.gradient.float() for m, f in factors.items()},
+        ACTIVATION_EIGENVECTORS_NAME: {m: f.activation for m, f in factors.items()},
+        GRADIENT_EIGENVECTORS_NAME: {m: f.gradient for m, f in factors.items()},
         # EK-FAC takes its spectrum from lambda_matrix alone, but expects these files
-        ACTIVATION_EIGENVALUES_NAME: {m: f.eigenvalues[0].float() for m, f in factors.items()},
-        GRADIENT_EIGENVALUES_NAME: {m: f.eigenvalues[:, 0].float() for m, f in factors.items()},
-        LAMBDA_MATRIX_NAME: {m: f.eigenvalues.float() for m, f in factors.items()},
+        ACTIVATION_EIGENVALUES_NAME: {m: f.eigenvalues[0] for m, f in factors.items()},
+        GRADIENT_EIGENVALUES_NAME: {m: f.eigenvalues[:, 0] for m, f in factors.items()},
+        LAMBDA_MATRIX_NAME: {m: f.eigenvalues for m, f in factors.items()},
         NUM_LAMBDA_PROCESSED: {m: torch.ones(1, dtype=torch.int64) for m in factors},
     }
     for name, table in tables.items():
@@ -89,5 +95,9 @@ def write_factors(
 
 
 def score_arguments(**changes: Any) -> ScoreArguments:
-    """kronfluence's `ScoreArguments` with no damping of its own."""
+    """kronfluence's `ScoreArguments` with no damping of its own.
+
+    The factors are fp64; it scores in fp32 unless `score_dtype`, `per_sample_gradient_dtype` and
+    `precondition_dtype` say otherwise.
+    """
     return ScoreArguments(damping_factor=0.0, **changes)

@@ -228,7 +228,8 @@ class SharedGradients:
         self.provider = TorchGradientProvider(model, loss, restrict_to=everything)
         self.recent: list[Remembered] = []
         self.kept: dict[Any, list[Remembered]] = {}
-        self.budget = default_budget()
+        on_gpu = self.provider.device.type == "cuda"
+        self.budget = torch.cuda.mem_get_info()[0] // 4 if on_gpu else default_budget()
 
     def all(self, batch: TorchBatch) -> dict[str, Tensor]:
         """{parameter: (B, *shape)}."""

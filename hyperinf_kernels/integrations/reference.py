@@ -13,7 +13,6 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,7 +28,6 @@ Sample = Mapping[str, Tensor]
 Samples = Mapping[int, Sample]
 Blocks = dict[str, Tensor]
 Mode = Literal["parity", "converged"]
-NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
 
 class _Gradients:
@@ -235,30 +233,27 @@ def _stacked(
     """
     if not samples or set(samples) != set(range(len(samples))):
         raise InputError(f"{what} must hold samples 0 to n - 1, got {len(samples)} other keys")
-    shapes = {name: grad.shape for name, grad in samples[0].items()}
+    kinds = {name: (grad.shape, grad.dtype) for name, grad in samples[0].items()}
     for index, sample in samples.items():
-        if {name: grad.shape for name, grad in sample.items()} != shapes:
-            raise InputError(f"{what}: sample {index} has other weights or shapes than sample 0")
+        if {name: (grad.shape, grad.dtype) for name, grad in sample.items()} != kinds:
+            raise InputError(
+                f"{what}: sample {index} has other weights, shapes or dtypes than sample 0"
+            )
     out, squares = {}, {}
-    for name, shape in shapes.items():
-        grads = [samples[i][name] for i in range(len(samples))]
-        whole = _empty((len(grads), *shape), grads[0], device)
+    for name, (shape, dtype) in kinds.items():
+        grads = [samples[i][name].detach() for i in range(len(samples))]
+        where = grads[0].device if device is None else device
+        whole = torch.empty((len(grads), *shape), dtype=dtype, device=where)
+        wide = torch.promote_types(dtype, torch.float32)
         norms = []
         for start in range(0, len(grads), CHUNK):
             part = whole[start : start + CHUNK]
-            torch.stack(grads[start : start + CHUNK], out=part)
-            norms.append(torch.linalg.vector_norm(part.flatten(1), dim=1).double().square())
+            part.copy_(torch.stack(grads[start : start + CHUNK]))
+            norm = torch.linalg.vector_norm(part.flatten(1), dim=1, dtype=wide)
+            norms.append(norm.double().square())
         out[name] = whole[:, None] if whole.ndim == 2 else whole.flatten(2)
         squares[name] = torch.cat(norms)
     return out, squares
-
-
-def _empty(shape: tuple[int, ...], like: Tensor, device: torch.device | str | None) -> Tensor:
-    """Room for a block. numpy asks for huge pages, which fill four times as fast as torch's."""
-    device = torch.device(like.device if device is None else device)
-    if device.type == "cpu" and like.dtype in NUMPY:
-        return torch.from_numpy(np.empty(shape, NUMPY[like.dtype]))
-    return torch.empty(shape, dtype=like.dtype, device=device)
 
 
 def _save(run_id: int, **results: Any) -> None:

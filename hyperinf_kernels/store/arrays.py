@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy as np
 import torch
@@ -41,7 +42,10 @@ def read_less(path: str | Path, *, batch_size: int = 4096) -> Batches:
     path = Path(path)
     if not path.exists():
         raise InputError(f"{path} does not exist")
-    rows = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        rows = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, OSError, EOFError, UnpicklingError) as error:
+        raise InputError(f"{path} is no complete tensor file; LESS writes it again") from error
     if not isinstance(rows, Tensor) or rows.ndim != 2:
         raise InputError(f"{path} holds no (samples, p) tensor")
     yield from _batches(rows, batch_size)

@@ -89,9 +89,10 @@ def test_scores_by_files_and_in_process_are_hyperinfs(name: str, tmp_path: Path)
         hkb.write_hessian(tmp_path / "hessian", solver)
 
 
+@pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("method", ["datainf", "exact"])
-def test_any_solver_preconditions_in_process(method: str, tmp_path: Path) -> None:
-    case = CASES["lora transformer"]()
+def test_any_solver_preconditions_in_process(name: str, method: str, tmp_path: Path) -> None:
+    case = CASES[name]()
     queries = index(tmp_path / "index", case)
     shapes = {n: tuple(g.shape[1:]) for n, g in layers(case, case.query).items()}
     solver = fitted(tmp_path / "index", {"datainf": DataInf, "exact": Exact}[method](), shapes)
@@ -165,6 +166,23 @@ def test_both_libraries_read_each_others_stores(tmp_path: Path) -> None:
     assert np.array_equal(load_gradients(tmp_path / "ours"), rows)
     with pytest.raises(InputError, match="already"):
         store.write(tmp_path / "ours", [])
+
+
+def test_bergson_ranks_by_nan_and_our_solvers_name_the_row(tmp_path: Path) -> None:
+    case = CASES["mlp"]()
+    train = layers(case, case.train)
+    queries = {n: g.flatten(1).float() for n, g in layers(case, case.query).items()}
+    name = next(iter(train))
+    train[name][6, 1, 2] = torch.nan
+    store.write(tmp_path / "index", [blocks(train)])
+    GradientProcessor(projection_dim=None).save(tmp_path / "index")
+    attributor = Attributor(tmp_path / "index", device="cpu", dtype=torch.float32)
+    values, rows = attributor.search(queries, 3)
+    assert torch.isnan(values[:, 0]).all(), "bergson puts the broken row first"
+    assert (rows[:, 0] == 6).all()
+    shapes = {n: tuple(g.shape[1:]) for n, g in train.items()}
+    with pytest.raises(InputError, match=rf"(?s){name}.*6"):
+        fitted(tmp_path / "index", HyperINF(), shapes)
 
 
 def test_a_damaged_store_is_one_clear_error(tmp_path: Path) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
 from hyperinf_kernels import AbsoluteDamping, DataInfDamping, InputError
+from hyperinf_kernels.integrations import imports
 from hyperinf_kernels.integrations.conventions import HOSTS, own_loss, table
 from hyperinf_kernels.integrations.layout import Layout
 
@@ -88,6 +90,21 @@ import hyperinf_kernels.integrations.{module}
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     said = f"{package} is not installed: pip install 'hyperinf_kernels[{extra}]'"
     assert ran.stderr.strip().splitlines()[-1] == f"ImportError: {said}"
+
+
+def test_a_host_of_another_series_is_one_line_that_names_the_tested_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(imports.importlib.util, "find_spec", lambda name: object())
+    for package, (distribution, series) in imports.TESTED.items():
+        for version, told in ((f"{series[-1]}.7", False), (f"{series[-1]}9.0", True)):
+            monkeypatch.setattr(imports.metadata, "version", lambda name, v=version: v)
+            with warnings.catch_warnings(record=True) as found:
+                warnings.simplefilter("always")
+                imports.require(package, package)
+            assert bool(found) == told
+            if told:
+                assert f"{distribution} {version} was not tested" in str(found[0].message)
 
 
 def test_no_adapter_is_imported_by_the_package() -> None:

@@ -70,6 +70,28 @@ def test_attributors_give_the_oracles_scores(name: str, method: str) -> None:
     assert all(entry.converged for entry in attributor.report())
 
 
+def test_checkpoints_are_averaged() -> None:
+    case = CASES["mlp"]()
+    train, test = case.loaders()
+    states, expected = [], []
+    for scale in (1.0, 1.5):
+        with torch.no_grad():
+            for parameter in case.model.parameters():
+                parameter.mul_(scale)
+        states.append({name: p.detach().clone() for name, p in case.model.named_parameters()})
+        expected.append((-case.influence("hyperinf").T, datainf_by_layer(case, 0.1)))
+    several = task(case)
+    several = AttributionTask(several.original_loss_func, case.model, states)
+    ours = hkd.IFAttributorHyperINF(several, case.names)
+    ours.cache(train)
+    truth = [(first + second) / 2 for first, second in zip(*expected, strict=True)]
+    assert relative_error(ours.attribute(train, test), truth[0]) < 1e-6
+    with hkd.accelerate():
+        fast = IFAttributorDataInf(several, regularization=0.1)
+        fast.cache(train)
+        assert relative_error(fast.attribute(train, test), truth[1]) < 1e-6
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_self_attribute_is_the_diagonal_for_any_batch_size(name: str) -> None:
     case = CASES[name]()
@@ -93,10 +115,17 @@ def test_dattris_own_self_attribute_is_constant_for_batches_of_one() -> None:
     assert float(ours.std()) > 0.1 * float(ours.mean())
 
 
-def test_accelerated_datainf_agrees_where_dattri_is_right() -> None:
-    case = CASES["mlp"]().float()
+@pytest.mark.parametrize("name", CASES)
+def test_accelerated_datainf_agrees_where_dattri_is_right(name: str) -> None:
+    double = CASES[name]()
+    expected = datainf_by_layer(double, 0.1)
+    with hkd.accelerate():
+        # dattri itself knows fp32 only
+        attributor = IFAttributorDataInf(task(double), regularization=0.1)
+        attributor.cache(double.loaders()[0])
+        assert relative_error(attributor.attribute(*double.loaders()), expected) < 1e-6
+    case = CASES[name]().float()
     train, test = case.loaders()
-    expected = datainf_by_layer(case, 0.1)
 
     def script() -> torch.Tensor:
         attributor = IFAttributorDataInf(task(case), regularization=0.1)
@@ -106,7 +135,7 @@ def test_accelerated_datainf_agrees_where_dattri_is_right() -> None:
     stock = script()
     with hkd.accelerate():
         fast = script()
-    # dattri knows fp32 only, and so do the gradients it hands over
+    # the gradients that it hands over are fp32
     assert relative_error(stock, expected) < 1e-5
     assert relative_error(fast, expected) < 1e-5
     assert torch.equal(script(), stock), "accelerate() must leave nothing behind"

@@ -297,3 +297,30 @@ def test_traks_singular_inverse_is_a_number_and_ours_refuses_it() -> None:
         assert relative_error(features(BasicScoreComputer, many, lam), scaled) < 1e-5
         assert relative_error(features(ScoreComputer, many, lam), scaled) < 1e-6
         assert relative_error(features(ScoreComputer, many, lam, rescale=False), expected) < 1e-6
+
+
+def test_quandas_dattri_wrapper_gives_one_self_influence_to_all() -> None:
+    pytest.importorskip("quanda", reason=REASON)
+    from quanda.explainers.wrappers import DattriIFDataInf
+
+    from hyperinf_kernels.integrations.quanda import DataInfExplainer
+
+    def build(model: nn.Module) -> Callable[[Any, Any], Tensor]:
+        def loss(params: Any, batch: Any) -> Tensor:
+            logits = torch.func.functional_call(model, params, (batch[0],))
+            return nn.functional.cross_entropy(logits, batch[1])
+
+        return loss
+
+    case = bias_free().float()
+    stock = DattriIFDataInf(
+        case.model, case.train, build, regularization=LAMBDA, batch_size=5, device="cpu"
+    )
+    found = stock.self_influence()
+    assert float(found.std()) < 1e-6 * float(found.mean())
+    case = bias_free()
+    ours = DataInfExplainer(case.model, case.train, blocks=case.names, damping=LAMBDA)
+    train = case.blocks(case.train)
+    damping = oracle.Damping(absolute=LAMBDA)
+    own = -np.diagonal(oracle.influence(train, train, "datainf", damping))
+    assert relative_error(ours.self_influence(), torch.from_numpy(own.copy())) < 1e-6

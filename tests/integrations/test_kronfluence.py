@@ -49,9 +49,17 @@ def layers(case: Case, data: Any) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("mode", ["converged", "paper"])
-def test_pairwise_scores_are_hyperinfs(name: str, mode: Any, tmp_path: Path) -> None:
-    case = CASES[name]().float()
+@pytest.mark.parametrize(
+    ("mode", "dtype", "bound"),
+    # fp32 is what kronfluence scores in unless told otherwise
+    [("converged", torch.float64, 1e-6), ("converged", torch.float32, 1e-5),
+     ("paper", torch.float32, 1e-4)],
+)  # fmt: skip
+def test_pairwise_scores_are_hyperinfs(
+    name: str, mode: Any, dtype: torch.dtype, bound: float, tmp_path: Path
+) -> None:
+    case = CASES[name]()
+    case = case if dtype == torch.float64 else case.float()
     train, query = layers(case, case.train), layers(case, case.query)
     solver = HyperINF(mode=mode)
     for part in (slice(0, 6), slice(6, 13)):
@@ -63,7 +71,9 @@ def test_pairwise_scores_are_hyperinfs(name: str, mode: Any, tmp_path: Path) -> 
     analyzer.compute_pairwise_scores(
         "scores", factors_name="hyperinf", query_dataset=case.query, train_dataset=case.train,
         per_device_query_batch_size=QUERY_BATCH, per_device_train_batch_size=TRAIN_BATCH,
-        score_args=hkk.score_arguments(),
+        score_args=hkk.score_arguments(
+            score_dtype=dtype, per_sample_gradient_dtype=dtype, precondition_dtype=dtype
+        ),
     )  # fmt: skip
     scores = analyzer.load_pairwise_scores("scores")["all_modules"]
     options = {block: {"extra": 1e-3, "steps": 30} for block in train}
@@ -72,8 +82,11 @@ def test_pairwise_scores_are_hyperinfs(name: str, mode: Any, tmp_path: Path) -> 
         if mode == "converged"
         else oracle.influence(train, query, "hyperinf_paper", options=options)
     )
-    # kronfluence keeps its factors and its scores in fp32
-    assert relative_error(scores, -torch.from_numpy(expected)) < 1e-4
+    assert relative_error(scores, -torch.from_numpy(expected)) < bound
+    part = HyperINF()
+    part.update(dict(list(train.items())[1:]))
+    with pytest.raises(InputError, match="has no block of module"):
+        hkk.write_factors(analyzer, "part", part.fit())
     with pytest.raises(InputError, match="exist already"):
         hkk.write_factors(analyzer, "hyperinf", solver)
 

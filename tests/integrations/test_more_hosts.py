@@ -96,13 +96,14 @@ def test_opacus_gradients_feed_a_solver(name: str) -> None:
         grad_samples(wrapped)
 
 
-def test_traker_scores_with_our_inverse(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", CASES)
+def test_traker_scores_with_our_inverse(name: str, tmp_path: Path) -> None:
     pytest.importorskip("trak", reason=REASON)
     from trak import TRAKer
 
     from hyperinf_kernels.integrations.trak import ScoreComputer
 
-    case = CASES["mlp"]().float()
+    case = CASES[name]().float()
     rule = DataInfDamping(0.1)
     for method in ("exact", "datainf"):
         folder = tmp_path / method
@@ -110,7 +111,7 @@ def test_traker_scores_with_our_inverse(tmp_path: Path) -> None:
         build = functools.partial(
             TRAKer, model=case.model, task="image_classification", train_set_size=N_TRAIN,
             save_dir=str(folder), device="cpu", proj_dim=16, use_half_precision=False,
-            logging_level=50, score_computer=computer,
+            logging_level=50, score_computer=computer, grad_wrt=case.names,
         )  # fmt: skip
         traker = build()
         traker.load_checkpoint(case.model.state_dict(), model_id=0)
@@ -133,20 +134,30 @@ def test_traker_scores_with_our_inverse(tmp_path: Path) -> None:
         assert relative_error(torch.from_numpy(np.array(stored)), torch.from_numpy(features)) < 1e-4
 
 
-def test_less_selection_scores(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    train, query = torch.randn(11, 6), torch.randn(5, 6)
-    train, query = (nn.functional.normalize(rows, dim=1) for rows in (train, query))
+@pytest.mark.parametrize("name", CASES)
+def test_less_selection_scores(name: str, tmp_path: Path) -> None:
+    case = CASES[name]()
+    train, query = (
+        nn.functional.normalize(torch.cat([g.flatten(1) for g in case.raw(part).values()], 1))
+        for part in (case.train, case.query)
+    )
     torch.save(train, tmp_path / "all_orig.pt")
     batches = list(read_less(tmp_path / "all_orig.pt", batch_size=4))
-    assert [ids for ids, _ in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
+    assert [ids for ids, _ in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12]]
     rows = torch.cat([grads["all"][:, 0] for _, grads in batches])
-    assert relative_error(less.calculate_influence_score(rows, query), train @ query.mT) < 1e-6
-    exact = less.calculate_influence_score(rows.double(), query.double(), "exact")
+    plain = less.calculate_influence_score(rows, query.float())
+    assert relative_error(plain, train @ query.mT) < 1e-6
+    exact = less.calculate_influence_score(train, query, "exact")
     truth = -oracle.influence({"all": train[:, None]}, {"all": query[:, None]}, "exact").T
     assert relative_error(exact, torch.from_numpy(truth)) < 1e-6
-    chosen = less.selection_scores(exact, [0, 0, 1, 1, 1])
-    slow = [max(np.mean(truth[k, :2]), np.mean(truth[k, 2:])) for k in range(11)]
+    chosen = less.selection_scores(exact, [0, 0, 1, 1, 1, 2, 2])
+    parts = (slice(2), slice(2, 5), slice(5, 7))
+    slow = [max(np.mean(truth[k, part]) for part in parts) for k in range(N_TRAIN)]
     assert relative_error(chosen, torch.tensor(slow)) < 1e-6
+    whole = (tmp_path / "all_orig.pt").read_bytes()
+    for part in (whole[: len(whole) // 2], b""):
+        (tmp_path / "cut.pt").write_bytes(part)
+        with pytest.raises(InputError, match="no complete tensor file"):
+            next(read_less(tmp_path / "cut.pt"))
     with pytest.raises(InputError, match="7"):
-        less.calculate_influence_score(torch.zeros(2, 7), query)
+        less.calculate_influence_score(torch.zeros(2, 7), torch.zeros(2, 6))

@@ -99,13 +99,14 @@ def _applied(model: Any, case: Case) -> Any:
     return model.report()
 
 
-def test_lazy_results_are_written_to_zarr(tmp_path: Path) -> None:
-    case = CASES["lora transformer"]()
+@pytest.mark.parametrize(("name", "method"), [("lora transformer", "hyperinf"), ("mlp", "datainf")])
+def test_lazy_results_are_written_to_zarr(name: str, method: str, tmp_path: Path) -> None:
+    case = CASES[name]()
     train, test = case.loaders()
-    model = hkp.HyperInfInfluence(case.model, LOSS, block_structure=blocks(case)).fit(train)
+    model = hkp.SolverInfluence(case.model, LOSS, method, block_structure=blocks(case)).fit(train)
     lazy = SequentialInfluenceCalculator(model).influences(test, train)
     values = lazy.compute(aggregator=NestedTorchCatAggregator())
-    expected = -case.influence("hyperinf")
+    expected = -case.influence(method)
     assert relative_error(values, expected) < 1e-6
     lazy = SequentialInfluenceCalculator(model).influences(test, train)
     path = tmp_path / "scores.zarr"
@@ -114,12 +115,13 @@ def test_lazy_results_are_written_to_zarr(tmp_path: Path) -> None:
     assert relative_error(stored, expected) < 1e-6
 
 
-def test_dask_computes_the_same_scores() -> None:
+@pytest.mark.parametrize(("name", "method"), [("lora transformer", "exact"), ("mlp", "hyperinf")])
+def test_dask_computes_the_same_scores(name: str, method: str) -> None:
     import dask.array as da
 
-    case = CASES["mlp"]()
+    case = CASES[name]()
     train, _ = case.loaders()
-    model = hkp.HyperInfInfluence(case.model, LOSS).fit(train)
+    model = hkp.SolverInfluence(case.model, LOSS, method, block_structure=blocks(case)).fit(train)
     calculator = DaskInfluenceCalculator(
         model, TorchNumpyConverter(), DisableClientSingleThreadCheck
     )
@@ -128,7 +130,7 @@ def test_dask_computes_the_same_scores() -> None:
         for data, size in ((case.query, 4), (case.train, 5)) for t in data.tensors
     ]  # fmt: skip
     values = calculator.influences(*arrays).compute(scheduler="synchronous")
-    assert relative_error(torch.from_numpy(values), -case.influence("hyperinf")) < 1e-6
+    assert relative_error(torch.from_numpy(values), -case.influence(method)) < 1e-6
 
 
 def test_perturbation_mode_runs_through_our_factors() -> None:

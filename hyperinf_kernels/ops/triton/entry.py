@@ -23,9 +23,11 @@ from .launch import WORD, arch_of, l2_share, products_of, unit
 LARGEST_ONCHIP, LARGEST_IN_REGISTERS = 128, 32
 # 32-bit offsets inside one matrix
 LARGEST_SIDE = 32768
+# columns over rows from which the products of single gradients are small beside these
+SHORT = 16
 # below this half the tiles save less than mirroring costs
 LEAST_SYMMETRIC = 512
-LARGEST_K = 128  # entries of a top-k that one program sorts
+LARGEST_K = 512  # entries of a top-k that one program sorts
 
 
 def _refuse_schulz(metas: tuple[TensorMeta, ...]) -> str | None:
@@ -120,12 +122,22 @@ def _refuse_sums(metas: tuple[TensorMeta, ...]) -> str | None:
 
 
 def _sums_config(metas: tuple[TensorMeta, ...], machine: Capability) -> Mapping[str, Any]:
-    total, *rows = metas
-    precision = products_of([meta.dtype for meta in rows])
-    config = choose(
-        "accumulate", arch_for(machine.cuda), precision, max(total.shape[-2:], default=0)
-    )
-    return shown(config, precision=precision)
+    return _sums_as(products_of([meta.dtype for meta in metas[1:]]), metas, machine)
+
+
+def _gfim_config(metas: tuple[TensorMeta, ...], machine: Capability) -> Mapping[str, Any]:
+    if len(metas) < 3:
+        return _sums_config(metas, machine)
+    # gradients are formed in fp32 whatever their factors are
+    return _sums_as("tf32x3", metas, machine, variant="gradients in slices")
+
+
+def _sums_as(
+    precision: str, metas: tuple[TensorMeta, ...], machine: Capability, **more: Any
+) -> Mapping[str, Any]:
+    side = max(metas[0].shape[-2:], default=0)
+    config = choose("accumulate", arch_for(machine.cuda), precision, side)
+    return shown(config, precision=precision, **more)
 
 
 @implements("gram_accumulate_", "triton", _refuse_sums, config=_sums_config)
@@ -133,11 +145,17 @@ def gram_accumulate_(K: Tensor, G1: Tensor, G2: Tensor) -> Tensor:
     return _add_products(K, G1.mT, G2.mT, 1.0, symmetric=G1 is G2)
 
 
-@implements("gfim_accumulate_", "triton", _refuse_sums, config=_sums_config)
+@implements("gfim_accumulate_", "triton", _refuse_sums, config=_gfim_config)
 def gfim_accumulate_(
     C: Tensor, grads: Tensor, act: Tensor | None = None, *, side: str, alpha: float
 ) -> Tensor:
     lead = C.shape[:-2]
+    if act is None and side == "rows" and SHORT * grads.shape[-2] <= grads.shape[-1]:
+        # one product per sample: stacking the transposed gradients would copy all of them
+        turned = reference.apart(C, reference.samples(grads, lead, 2)).mT
+        each = C.new_zeros(*turned.shape[:-2], *C.shape[-2:])
+        _add_products(each, turned, turned, 1.0, symmetric=True)
+        return C.add_(each.sum(-3), alpha=alpha)
     if act is None:
         stack = reference.samples(grads if side == "cols" else grads.mT, lead, 1)
         return _add_products(C, stack, stack, alpha, symmetric=True)

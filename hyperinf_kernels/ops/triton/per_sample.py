@@ -82,6 +82,8 @@ def per_sample(delta: Tensor, act: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
     """
     samples, tokens, rows = delta.shape
     columns, queries = act.shape[2], len(W)
+    if queries > FUSED_QUERIES:
+        raise ValueError(f"takes up to {FUSED_QUERIES} queries at once, got {queries}")
     if samples == 0 or rows == 0 or columns == 0:
         return W.new_zeros(samples, queries), W.new_zeros(samples)
     arch = arch_of(delta)

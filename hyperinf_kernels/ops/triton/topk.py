@@ -60,7 +60,7 @@ def topk_merge_(
     """Merge scores (m, B) of positions first, first + 1, ... below 2^31 into the kept (m, k).
 
     Args:
-        values: (m, k) fp32, positions: (m, k) int64, both contiguous, k at most 128.
+        values: (m, k) fp32, positions: (m, k) int64, both contiguous, k at most 512.
         scores: fp32 with unit column stride.
     """
     if scores.numel() == 0:
