@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .block_gram import BlockGram
 from .damping import DEFAULT_DAMPING, Damping
-from .flat import FlatSolver
+from .flat import FINE_STEPS, FlatSolver
 from .gram import Span
 from .planning import cg_steps, condition_bound
 from .report import RESIDUAL_LIMIT, Outcome
@@ -44,6 +44,7 @@ class CG(FlatSolver):
     """
 
     method = "cg"
+    fine_gram = FINE_STEPS
     option_names = ("iterations", "tol")
 
     def __init__(

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from ..ops import explain, sherman_morrison
 from .flat import FlatSolver
-from .gram import Seen, rooted
+from .gram import REFINE_ABOVE, Seen, rooted, worst_ratio
 from .planning import GRAM_PAYS
 from .report import RESIDUAL_LIMIT, Outcome, precision_of
+from .rows import GradientRows
 
 PROBES = 4
 
@@ -23,7 +24,7 @@ class DataInf(FlatSolver):
     exact method is not in it; run `method="exact"` to see.
     `scores` of the kept rows are ((1/n) L diag(1 / (lambda + diag K)) K - L) / lambda, by K where
     it is at hand or cheaper (n < 4 m), else by two more products with P; there the residual is the
-    relative error of all scores together, measured on random combinations of training rows.
+    relative error of the worst query's scores, measured on random combinations of training rows.
     """
 
     method = "datainf"
@@ -65,44 +66,49 @@ class DataInf(FlatSolver):
             V.dtype
         )
 
-    def _gram_scores(self, name: str, V: Tensor, seen: Seen) -> tuple[Tensor, Outcome]:
-        rows, lam, L = self.rows[name], self.lambdas[name], seen.L
-        by_gram = name in self._grams or rows.n < GRAM_PAYS * len(V)
+    def _in_gram_space(self, rows: GradientRows) -> bool:
+        # W minus what it loses along the rows would cancel, whatever n is
+        return True
+
+    def _gram_scores(self, name: str, seen: Seen) -> tuple[Tensor, Outcome]:
+        rows, lam, dtype, L = self.rows[name], self.lambdas[name], seen.V.dtype, seen.L
+        few = rows.n < GRAM_PAYS * len(seen.V)
+        by_gram = rows.n < rows.width and (name in self._grams or few)
         gram = self.gram(name) if by_gram else None
         # rounded norms would be no error that the check could see
         weights = 1 / (rows.n * (lam + self.sketch(name).norms_sq))
         B = L.double() * weights
-        image = rows.image(B.to(V.dtype)) if gram is None else gram.image(B)
-        S = ((image - L.double()) / lam).to(V.dtype)
-        error = self._error(name, seen, S, weights)
-        precision = precision_of(S.dtype)
-        if error > RESIDUAL_LIMIT:
+        image = rows.image(B.to(dtype)) if gram is None else gram.image(B)
+        S = ((image - L.double()) / lam).to(dtype)
+        error = self._error(name, seen, L, S, weights)
+        precision = precision_of(dtype)
+        if not error <= REFINE_ABOVE:
             # fp32 cancels where the damping is small beside the gradients
-            L64 = rows.dots(V.double())
-            S = ((rows.image(L64 * weights) - L64) / lam).to(V.dtype)
-            error = self._error(name, Seen(L64, seen.LX), S, weights)
+            L = seen.fine
+            S = ((rows.image(L * weights) - L) / lam).to(dtype)
+            error = self._error(name, seen, L, S, weights)
             precision = "fp64"
         return S, Outcome(
-            backend=explain("gram_accumulate_", S, V).backend,
+            backend=explain("gram_accumulate_", S, seen.V).backend,
             precision=precision,
             condition_bound=self._condition_bound(name),
             residual=error,
             converged=error <= RESIDUAL_LIMIT,
         )
 
-    def _error(self, name: str, seen: Seen, S: Tensor, weights: Tensor) -> float:
-        """Relative error of S against the formula in fp64, through the sketch of P.
+    def _error(self, name: str, seen: Seen, L: Tensor, S: Tensor, weights: Tensor) -> float:
+        """The worst query's relative error of S against the formula, through the sketch of P.
 
         ((L diag(w)) K X - L X) / lambda is exact but for L diag(w), where the rounded L serves;
         what its rounding (known through X) does there is added as that of independent errors.
         """
-        sketch, lam = self.sketch(name), self.lambdas[name]
-        L, weighted = seen.L.double(), weights[:, None] * sketch.image
-        exact = (L @ weighted - seen.LX) / lam
-        gap = (S.double() @ sketch.X - exact).square().sum()
-        rounding = (L @ sketch.X - seen.LX).square().sum()
-        gap = gap + rounding * weighted.square().sum() / sketch.X.square().sum() / lam**2
-        return float((gap / exact.square().sum().clamp_min(1e-300)).sqrt())
+        sketch, lam, L = self.sketch(name), self.lambdas[name], L.double()
+        weighted = weights[:, None] * sketch.image
+        gap = S.double() @ sketch.X - (L @ weighted - seen.LX) / lam
+        rounding = (L @ sketch.X - seen.LX).square().sum(1)
+        rounding = rounding * weighted.square().sum() / sketch.X.square().sum() / lam**2
+        total = (gap.square().sum(1) + rounding) / sketch.X.shape[1]
+        return worst_ratio(total.sqrt()[:, None], S)
 
 
 def _spread_rows(V: Tensor) -> Tensor:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .block_gram import BlockGram, not_definite
-from .flat import FlatSolver, relative
-from .gram import Seen, Span, rooted, seen_residual
+from .block_gram import not_definite
+from .flat import FlatSolver
+from .gram import REFINE_ABOVE, Seen, gap, rooted, worst_ratio
 from .report import Outcome, precision_of
 
 MAX_REFINEMENTS = 5
-REFINE_ABOVE = 1e-5  # residual of scores at which one reading of P in fp64 is worth its time
 
 
 class Exact(FlatSolver):
@@ -22,7 +21,8 @@ class Exact(FlatSolver):
     factor in fp64 and refine with fp64 residuals against P itself until only the rounding of W is
     left; the Gram matrix is formed in fp32, or in fp64 where the damping is too small for that.
     `scores` of the kept rows are -n L (K + n lambda I)^-1, which does not cancel, refined in the
-    same way where their residual is over 1e-5.
+    same way where their error may be over 1e-5. Their `residual` is that error: a bound, or the
+    size of the last refinement.
     """
 
     method = "exact"
@@ -31,46 +31,36 @@ class Exact(FlatSolver):
         super().reset()
         self._primal: tuple[str, float, int, Tensor] | None = None  # the latest D x D factor
 
-    def _span(self, gram: BlockGram, V: Tensor, L: Tensor, lam: float) -> Span:
-        X = gram.solve(L, lam)
-        return Span(1 / lam, X / -lam, scores=-gram.n * X)
-
-    def _gram_scores(self, name: str, V: Tensor, seen: Seen) -> tuple[Tensor, Outcome]:
-        S, outcome = super()._gram_scores(name, V, seen)
-        residual = outcome.residual or 0.0
-        if residual <= REFINE_ABOVE:
-            return S, outcome
+    def _gram_scores(self, name: str, seen: Seen) -> tuple[Tensor, Outcome]:
         gram, rows, lam = self.gram(name), self.rows[name], self.lambdas[name]
-        E, residual = seen_residual(rows, V, S, lam)
-        S64, refinements = S.double(), 0
-        while residual > REFINE_ABOVE and refinements < MAX_REFINEMENTS:
-            S64 = S64 - gram.n * gram.solve(E, lam)
-            better = S64.to(V.dtype)
-            E, after = seen_residual(rows, V, better, lam)
-            if not after < residual:
+        S, refinements = -gram.n * gram.solve(seen.L.double(), lam), 0
+        error = self.sketch(name).error(seen, S, lam)
+        while error > REFINE_ABOVE and refinements < MAX_REFINEMENTS:
+            step = gram.n * gram.solve(gap(rows, seen.V, S, lam), lam)
+            S, refinements, before = S - step, refinements + 1, error
+            # a refinement's own size is the error of what it started from
+            error = worst_ratio(step, S)
+            if refinements > 1 and not error < before / 2:
                 break
-            gained = after < residual / 2
-            S, residual, refinements = better, after, refinements + 1
-            if not gained:
-                break
-        return S, self._judged(name, residual, refinements, precision_of(gram.dtype))
+        S = S.to(seen.V.dtype)
+        error = max(error, torch.finfo(S.dtype).eps / 2)
+        return S, self._judged(name, error, refinements, precision_of(gram.dtype))
 
-    def _solve(self, name: str, V: Tensor) -> tuple[Tensor, Outcome]:
-        flat = V.flatten(1).double()
-        W = self._approximate(name, flat).to(V.dtype)
-        E = self._residual(name, flat, W)
+    def _directions(self, name: str, V: Tensor, dtype: torch.dtype) -> tuple[Tensor, Outcome]:
+        W = self._approximate(name, V).to(dtype)
+        E = self._residual(name, V, W)
         refinements = 0
         # W is judged as delivered: what its rounding leaves behind, scattered evenly over the
         # directions of A, ends the refinement
         gain = self._spread(name) * float(W.norm()) / max(float(V.norm()), 1e-300)
-        enough = torch.finfo(W.dtype).eps * (0.5 + 0.5 * gain)
-        while relative(E, flat) > enough and refinements < MAX_REFINEMENTS:
-            better = (W.double() + self._approximate(name, E)).to(V.dtype)
-            E_better = self._residual(name, flat, better)
-            if relative(E_better, flat) >= relative(E, flat) / 2:
+        enough = torch.finfo(dtype).eps * (0.5 + 0.5 * gain)
+        while worst_ratio(E, V) > enough and refinements < MAX_REFINEMENTS:
+            better = (W.double() + self._approximate(name, E)).to(dtype)
+            E_better = self._residual(name, V, better)
+            if worst_ratio(E_better, V) >= worst_ratio(E, V) / 2:
                 break
             W, E, refinements = better, E_better, refinements + 1
-        return W.view_as(V), self._judged(name, relative(E, flat), refinements, "fp64")
+        return W, self._judged(name, worst_ratio(E, V), refinements, "fp64")
 
     def _approximate(self, name: str, V: Tensor) -> Tensor:
         rows, lam = self.rows[name], self.lambdas[name]

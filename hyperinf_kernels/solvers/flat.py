@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from ..ops.costs import rates_of
 from .base import Solver
 from .block_gram import BlockGram
 from .damping import DEFAULT_DAMPING, Damping
-from .gram import Seen, Sketch, Span
+from .gram import Seen, Sketch, Span, worst_ratio
 from .inputs import Gradients, check_shapes, sum_square
 from .planning import SolvePlan, flat_work, plan
 from .report import RESIDUAL_LIMIT, Outcome, angle, precision_of
@@ -25,6 +25,8 @@ from .scratch import Scratch
 
 EPS32 = torch.finfo(torch.float32).eps
 FINE_GRAM = 0.1  # fp32 rounding over damping at which refinement would no longer contract
+FINE_STEPS = 1e-4  # the same where nothing is refined: iterations only solve what L and K say
+FP32_SAFE = 1e25  # squared norms between its inverse and it leave fp32 room for their sums
 GRAM_BYTES = 2**30  # Gram matrices kept for later calls; above, only the latest block's
 GROUP_ROWS = 512  # training rows whose own influence is worked out together
 
@@ -41,6 +43,8 @@ class FlatSolver(Solver):
             matrix of over 1 GiB with its factor too. The files have no names, so they are gone with
             the solver or its process. None: in memory.
     """
+
+    fine_gram: ClassVar[float] = FINE_GRAM  # fp32 rounding over damping from which K is fp64
 
     def __init__(
         self,
@@ -130,21 +134,22 @@ class FlatSolver(Solver):
 
     def seen(self, name: str, V: Tensor) -> Seen:
         """Flattened queries V (m, D) as the rows of one block see them."""
-        return Seen(self.rows[name].dots(V), V.double() @ self.sketch(name).rows)
+        rows = self.rows[name]
+        return Seen(rows, V, rows.dots(V), V.double() @ self.sketch(name).rows)
 
     def block_scores(self, name: str, V: Tensor, seen: Seen | None = None) -> Tensor:
         """`scores` of one fitted block for flattened queries V (m, D); `seen` where it is known."""
         rows = self.rows[name]
         if not len(V):
             return torch.zeros(0, rows.n, dtype=V.dtype, device=V.device)
-        if rows.n < rows.width:
+        if self._in_gram_space(rows):
             seen = self.seen(name, V) if seen is None else seen
             L = seen.L
-            S, outcome = self._gram_scores(name, V, seen)
+            S, outcome = self._gram_scores(name, seen)
         else:
-            # the D x D side is the smaller one
-            W, outcome = self._solve(name, V.view(len(V), *self.blocks[name].shape))
-            S = -rows.dots(W.flatten(1))
+            # W as it is: what is left of it along the rows may be far smaller than its rounding
+            W, outcome = self._directions(name, V.double(), torch.float64)
+            S = -rows.dots(W).to(V.dtype)
             L = rows.dots(V) if seen is None else seen.L
         if not bool(torch.isfinite(S).all()):
             raise InputError(
@@ -153,6 +158,10 @@ class FlatSolver(Solver):
             )
         self._record(name, self.blocks[name], outcome, angle(-L, S))
         return S
+
+    def _in_gram_space(self, rows: GradientRows) -> bool:
+        """Whether scores of the rows come from products with them, not from W."""
+        return rows.n < rows.width
 
     def own_influence(self) -> Tensor:
         """influence[k, k] of every kept training row, (n,), summed over blocks.
@@ -172,7 +181,7 @@ class FlatSolver(Solver):
     def _own_scores(self, name: str) -> Iterator[tuple[slice, Tensor]]:
         """(rows, their scores on themselves and all others) in groups."""
         rows = self.rows[name]
-        small = rows.n < rows.width
+        small = self._in_gram_space(rows) and rows.n < rows.width
         for part, chunk in rows.chunks():
             start = part.start
             for group in chunk.split(GROUP_ROWS):
@@ -181,15 +190,14 @@ class FlatSolver(Solver):
                 seen = None
                 if small:
                     K = self.gram(name).between(own).to(V.dtype)
-                    seen = Seen(K, self.sketch(name).image[own])
+                    seen = Seen(rows, V, K, self.sketch(name).image[own])
                 yield own, self.block_scores(name, V, seen)
                 start = own.stop
 
     def gram(self, name: str) -> BlockGram:
         """K of a fitted block, formed once: fp32, or fp64 where the damping asks for it."""
         rows = self.rows[name]
-        bound = self._condition_bound(name) or float("inf")
-        fine = torch.float64 if bound * EPS32 > FINE_GRAM else None
+        fine = torch.float64 if self._needs_fine_sums(name) else None
         held = self._grams.get(name)
         if held is None or held.n != rows.n or (fine is not None and held.dtype != fine):
             size = rows.n**2 * 4
@@ -200,6 +208,12 @@ class FlatSolver(Solver):
             scratch = self._scratch if size > GRAM_BYTES else None
             held = self._grams[name] = BlockGram(name, rows, fine, scratch)
         return held
+
+    def _needs_fine_sums(self, name: str) -> bool:
+        state, bound = self.blocks[name], self._condition_bound(name) or float("inf")
+        size = state.mean_square * self.rows[name].width
+        # products of two rows must stay well inside fp32
+        return bound * EPS32 > self.fine_gram or not 1 / FP32_SAFE < size < FP32_SAFE
 
     def sketch(self, name: str) -> Sketch:
         """What checks of a block's scores need, read from its rows once."""
@@ -216,26 +230,30 @@ class FlatSolver(Solver):
             self._moments[name] = (rows.n, rows.second_moment() / rows.n)
         return self._moments[name][1]
 
-    def _gram_scores(self, name: str, V: Tensor, seen: Seen) -> tuple[Tensor, Outcome]:
-        """S (m, n) for V (m, D), by the method's `_span`, judged through P in fp64."""
-        lam, gram, L = self.lambdas[name], self.gram(name), seen.L.double()
-        span = self._span(gram, V, L, lam)
-        S = -(span.a * L + gram.image(span.B)) if span.scores is None else span.scores
-        S = S.to(V.dtype)
-        residual = self.sketch(name).residual(seen.LX, S, lam)
+    def _gram_scores(self, name: str, seen: Seen) -> tuple[Tensor, Outcome]:
+        """S (m, n) in V's dtype, by the method's `_span`, judged through P in fp64."""
+        lam, gram = self.lambdas[name], self.gram(name)
+        L = seen.fine if gram.dtype == torch.float64 else seen.L.double()
+        span = self._span(gram, seen.V, L, lam)
+        S = -(span.a * L + gram.image(span.B)).to(seen.V.dtype)
+        residual = self.sketch(name).residual(seen, S, lam)
         return S, self._judged(name, residual, span.iterations, precision_of(gram.dtype))
 
     def _solve(self, name: str, V: Tensor) -> tuple[Tensor, Outcome]:
+        W, outcome = self._directions(name, V.flatten(1).double(), V.dtype)
+        return W.view_as(V), outcome
+
+    def _directions(self, name: str, V: Tensor, dtype: torch.dtype) -> tuple[Tensor, Outcome]:
+        """W (m, D) in the given dtype, judged as such, for V (m, D) in fp64."""
         rows = self.rows[name]
-        flat = V.flatten(1).double()
         if rows.n < rows.width:
-            span = self._span(self.gram(name), flat, rows.dots(flat), self.lambdas[name])
-            W, steps = span.a * flat + rows.combine(span.B), span.iterations
+            span = self._span(self.gram(name), V, rows.dots(V), self.lambdas[name])
+            W, steps = span.a * V + rows.combine(span.B), span.iterations
         else:
-            W, steps = self._primal_solve(name, flat)
-        delivered = W.to(V.dtype)
-        residual = relative(self._residual(name, flat, delivered), flat)
-        return delivered.view_as(V), self._judged(name, residual, steps, "fp64")
+            W, steps = self._primal_solve(name, V)
+        W = W.to(dtype)
+        residual = worst_ratio(self._residual(name, V, W), V)
+        return W, self._judged(name, residual, steps, "fp64")
 
     def _primal_solve(self, name: str, V: Tensor) -> tuple[Tensor, int]:
         """W (m, D) in fp64 for V (m, D), on the D x D side, and the steps it took."""
@@ -275,9 +293,3 @@ class FlatSolver(Solver):
         for name, tensor in tensors.items():
             self.rows[name] = GradientRows(tensor.shape[1], self._scratch)
             self.rows[name].append(tensor)
-
-
-def relative(E: Tensor, V: Tensor) -> float:
-    """||E||_F / ||V||_F, 0 for V = 0."""
-    norm = float(V.double().norm())
-    return float(E.norm()) / norm if norm else 0.0

@@ -7,45 +7,47 @@ functions of K and L = V P^T alone, so the scores -W P^T = -(a L + B K) need no 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from .rows import GradientRows
 
+REFINE_ABOVE = 1e-5  # error of scores at which one reading of P in fp64 is worth its time
 PROBES = 12  # a norm is off by a factor of two once in 200 even where a single query counts
 
 
 @dataclass(frozen=True)
 class Span:
-    """W = a V + B P as its coefficients, in fp64, and what finding them took.
-
-    `scores` (m, n) is -(a L + B K), given where a form without cancellation is at hand.
-    """
+    """W = a V + B P as its coefficients, in fp64, and what finding them took."""
 
     a: float | Tensor
     B: Tensor
-    scores: Tensor | None = None
     iterations: int = 0
 
 
-class Seen(NamedTuple):
-    """Queries V as a block's training rows see them, whatever the method and the damping.
+class Seen:
+    """Queries V (m, D) as a block's training rows see them, whatever the method and the damping.
 
     `L` (m, n) is V P^T in V's dtype, `LX` (m, s) its product with a `Sketch`'s X, in fp64 from P
     and V themselves.
     """
 
-    L: Tensor
-    LX: Tensor
+    def __init__(self, rows: GradientRows, V: Tensor, L: Tensor, LX: Tensor) -> None:
+        self.rows, self.V, self.L, self.LX = rows, V, L, LX
+
+    @cached_property
+    def fine(self) -> Tensor:
+        """V P^T in fp64."""
+        return self.rows.dots(self.V.double())
 
 
 class Sketch:
     """P seen by a few random sign vectors X (n, s), in fp64: what every check of scores needs.
 
-    For a matrix E with n columns ||E X||_F^2 / s is ||E||_F^2 on average, so an error or a residual
-    of all queries at any damping is measured without reading P again.
+    For a matrix E with n columns ||E X||^2 / s is ||E||^2 on average, row by row, so an error or a
+    residual of all queries at any damping is measured without reading P again.
     """
 
     def __init__(self, rows: GradientRows) -> None:
@@ -56,24 +58,33 @@ class Sketch:
         # P^T X (D, s), K X (n, s), and while P is read anyway diag K (n,) to fp64
         self.rows, self.image, self.norms_sq = rows.sketch(self.X)
 
-    def residual(self, LX: Tensor, S: Tensor, lam: float) -> float:
-        """||(V - W A) P^T||_F / ||V P^T||_F, about, from L X and the delivered S = -W P^T."""
-        E = LX + S.double() @ (self.image / self.n + lam * self.X)
-        return ratio(E, LX)
+    def residual(self, seen: Seen, S: Tensor, lam: float) -> float:
+        """||E|| / ||V P^T||, about, for E = (V - W A) P^T and S = -W P^T; the worst query's."""
+        return worst_ratio(self._gap(seen, S, lam), seen.L)
+
+    def error(self, seen: Seen, S: Tensor, lam: float) -> float:
+        """A bound, about, of the relative error of S against -V A^-1 P^T; the worst query's.
+
+        S is off by E (K / n + lambda I)^-1, which is at most ||E|| / lambda.
+        """
+        return worst_ratio(self._gap(seen, S, lam), lam * S.double())
+
+    def _gap(self, seen: Seen, S: Tensor, lam: float) -> Tensor:
+        E = seen.LX + S.double() @ (self.image / self.n + lam * self.X)
+        return E / PROBES**0.5
 
 
-def seen_residual(rows: GradientRows, V: Tensor, S: Tensor, lam: float) -> tuple[Tensor, float]:
-    """(V - W A) P^T (m, n) itself, in fp64 and one reading of P, and its size beside V P^T."""
-    S64 = S.double()
-    L, image = rows.probe(V.double(), S64)
-    E = L + image / rows.n + lam * S64
-    return E, ratio(E, L)
+def gap(rows: GradientRows, V: Tensor, S: Tensor, lam: float) -> Tensor:
+    """(V - W A) P^T (m, n) for S = -W P^T, in fp64 and one reading of P."""
+    L, image = rows.probe(V.double(), S)
+    return L + image / rows.n + lam * S
 
 
-def ratio(E: Tensor, L: Tensor) -> float:
-    """||E||_F / ||L||_F, ||E||_F itself for L = 0."""
-    norm = float(L.norm())
-    return float(E.norm()) / norm if norm else float(E.norm())
+def worst_ratio(E: Tensor, V: Tensor) -> float:
+    """The largest ||E_q|| / ||V_q|| over rows q; ||E_q|| itself where V_q is zero."""
+    size = torch.linalg.vector_norm(V, dim=1, dtype=torch.float64)
+    ratios = torch.linalg.vector_norm(E, dim=1, dtype=torch.float64)
+    return float((ratios / torch.where(size > 0, size, 1.0)).max()) if len(V) else 0.0
 
 
 def rooted(rows: GradientRows, V: Tensor, U: Tensor, gain: Tensor) -> Tensor:

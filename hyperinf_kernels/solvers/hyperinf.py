@@ -15,8 +15,8 @@ from ..ops.costs import rates_of
 from . import routes
 from .base import BlockState, Solver
 from .damping import DEFAULT_DAMPING, Damping
-from .flat import relative
 from .gfim import Gfim, Side
+from .gram import worst_ratio
 from .inputs import Gradients
 from .planning import (
     ROUTES,
@@ -232,7 +232,7 @@ class HyperINF(Solver):
             W = solved.W.to(V.dtype)
             E = V64 - W.double() @ A
         W = W.view(turned.shape)
-        outcome = self._outcome(name, solved, relative(E, V64))
+        outcome = self._outcome(name, solved, _residual(E, V64, len(V)))
         return (W.mT.contiguous() if self.side == "rows" else W), outcome
 
     def _dense(
@@ -276,7 +276,7 @@ class HyperINF(Solver):
         V64 = V.double()
         W = routes.both(V64, **factors).to(V.dtype)
         E = V64 - A["rows"] @ W.double() @ A["cols"]
-        return W, self._outcome(name, routes.Solved(W, products=2), relative(E, V64))
+        return W, self._outcome(name, routes.Solved(W, products=2), _residual(E, V64, len(V)))
 
     def _condition_bound(self, name: str) -> float | None:
         bound = super()._condition_bound(name)
@@ -319,3 +319,8 @@ class HyperINF(Solver):
 
 def _key(side: str, word: str, name: str) -> str:
     return name if word == side else f"{word}:{name}"
+
+
+def _residual(E: Tensor, V: Tensor, queries: int) -> float:
+    """The worst query's ||E|| / ||V||, of any layout whose first dimension holds the queries."""
+    return worst_ratio(E.reshape(queries, -1), V.reshape(queries, -1))

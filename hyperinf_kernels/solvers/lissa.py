@@ -12,8 +12,8 @@ from torch import Tensor
 from ..ops.bounds import upper_bound
 from .block_gram import BlockGram
 from .damping import DEFAULT_DAMPING, Damping
-from .flat import FlatSolver, relative
-from .gram import Span
+from .flat import FINE_STEPS, FlatSolver
+from .gram import Span, worst_ratio
 from .planning import condition_bound
 from .report import Outcome
 
@@ -37,6 +37,7 @@ class LiSSA(FlatSolver):
     """
 
     method = "lissa"
+    fine_gram = FINE_STEPS
     option_names = ("iterations", "tol", "scale")
 
     def __init__(
@@ -81,7 +82,7 @@ class LiSSA(FlatSolver):
         s, R = self._step(float(upper_bound(H)), lam), torch.zeros_like(V)
         for step in range(1, self.iterations + 1):
             E = V - R @ H - lam * R
-            if step % CHECK_EVERY == 0 and relative(E, V) <= self.tol / 2:
+            if step % CHECK_EVERY == 0 and worst_ratio(E, V) <= self.tol / 2:
                 return R, step - 1
             R = R + s * E
         return R, self.iterations
@@ -90,15 +91,14 @@ class LiSSA(FlatSolver):
         # R = a V + B P stays in the span of V and the rows, so only (a, B) is iterated
         times, n = gram.times(), gram.n
         s, a, B, steps = self._step(gram.bound / n, lam), 0.0, torch.zeros_like(L), self.iterations
-        size = float(V.double().square().sum())
+        size = V.double().square().sum(1)
         for step in range(1, self.iterations + 1):
             image = (a * L + times(B)) / n
             # V - R A = e V + F P with e = 1 - lam a, F = -(image + lam B)
             e, F = 1 - lam * a, image.add(B, alpha=lam).neg_()
             if step % CHECK_EVERY == 0:
-                square = e * e * size + 2 * e * float((F * L).sum())
-                square += float((times(F) * F).sum())
-                if square <= (self.tol / 2) ** 2 * size:
+                square = e * e * size + 2 * e * (F * L).sum(1) + (times(F) * F).sum(1)
+                if bool((square <= (self.tol / 2) ** 2 * size).all()):
                     steps = step - 1
                     break
             a, B = a + s * e, B.add(F, alpha=s)

@@ -163,7 +163,7 @@ class GradientRows:
 def squares(rows: Tensor) -> Tensor:
     """||row||^2 (B,) of rows (B, D) in fp64 to about 1e-7, whatever the scale; NaN and inf stay."""
     whole = rows.shape[1] - rows.shape[1] % RUN
-    if rows.dtype == torch.float32 and whole and rows.is_contiguous():
+    if len(rows) and rows.dtype == torch.float32 and whole and rows.is_contiguous():
         # norms of short runs in fp32, added in fp64: one reading at the speed of the memory
         runs = rows[:, :whole].unflatten(1, (-1, RUN))
         norms = torch.linalg.vector_norm(runs, dim=2)
