@@ -546,6 +546,38 @@ def test_the_engine_gives_every_method_at_every_damping(
         assert all(r.converged for r in entry.report)
 
 
+def test_the_engine_takes_one_method_and_any_grid_and_checks_every_score() -> None:
+    train, query = gradients(60, 1), gradients(3, 2)
+    engine = hk.GramEngine()
+    engine.update(train)
+    one, *none = engine.scores(query, "exact", np.array([1e-2, 1e-1]))[:1]
+    assert (one.method, none) == ("exact", [])
+    (plain,) = engine.scores(query, hk.GradDot())
+    (named,) = engine.scores(query, "grad_dot")
+    assert torch.equal(plain.values, named.values)
+    large = {name: g * 1e20 for name, g in query.items()}
+    huge = hk.GramEngine()
+    huge.update({name: g * 1e20 for name, g in train.items()})
+    with pytest.raises(hk.InputError, match=r"block q.lora_A: grad_dot gave NaN or inf"):
+        huge.scores(large, "grad_dot")
+    mixed = hk.GramEngine()
+    mixed.update({"a": train["head"], "b": train["q.lora_A"].double()})
+    (found,) = mixed.scores({"a": query["head"], "b": query["q.lora_A"].double()}, "grad_dot")
+    assert found.values.dtype == torch.float64
+
+
+@pytest.mark.parametrize("solver", [hk.HyperINF, hk.Exact], ids=lambda c: c.method)
+def test_a_solution_that_only_rounding_keeps_from_its_tolerance_says_so(solver: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    row = torch.randn(1, 2, 16, generator=generator)
+    made = solver(hk.DataInfDamping(1e-6))
+    made.update({"b": row.expand(40, 2, 16).clone()})
+    made.fit().apply({"b": row + torch.randn(1, 2, 16, generator=generator)})
+    (entry,) = made.report()
+    assert not entry.converged
+    assert "W rounded to fp32" in entry.fallback
+
+
 def test_the_engine_refuses_what_has_no_gram_form() -> None:
     engine = hk.GramEngine()
     with pytest.raises(hk.InputError, match="zero rows"):

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..ops.checks import accumulation_dtype
 from .damping import DEFAULT_DAMPING, Damping, as_damping
-from .inputs import Gradients, check_shapes, sum_square
+from .inputs import Gradients, check_finite_result, check_shapes, sum_square
 from .merging import check_mergeable
 from .planning import SolvePlan
 from .report import BlockReport, Outcome, angle, worse
@@ -135,9 +135,7 @@ class Solver:
         """
         if not self.lambdas:
             self.fit()
-        check_shapes(queries, {name: s.shape for name, s in self.blocks.items()}, "query")
-        for name, batch in queries.items():
-            sum_square(name, batch, "query")
+        self.check_queries(queries)
         solved = {}
         for name, V in queries.items():
             state = self.blocks[name]
@@ -146,14 +144,15 @@ class Solver:
                 W, outcome = torch.zeros_like(V), Outcome(residual=0.0)
             else:
                 W, outcome = self._solve(name, V)
-            if not bool(torch.isfinite(W).all()):
-                raise InputError(
-                    f"block {name}: {self.method} gave NaN or inf "
-                    f"({outcome.fallback or 'check damping and the scale of the gradients'})"
-                )
+            solved[name] = check_finite_result(name, self.method, W, outcome.fallback)
             self._record(name, state, outcome, angle(V, W))
-            solved[name] = W
         return solved
+
+    def check_queries(self, queries: Gradients) -> None:
+        """Raise InputError for names or shapes that were not fitted, NaN or inf."""
+        check_shapes(queries, {name: s.shape for name, s in self.blocks.items()}, "query")
+        for name, batch in queries.items():
+            sum_square(name, batch, "query")
 
     def redamp(self, damping: Damping | float) -> Self:
         """Change the damping without a new pass over the training gradients.
@@ -230,9 +229,7 @@ class Solver:
             )
         if not self.lambdas:
             self.fit()
-        check_shapes(grads, {name: s.shape for name, s in self.blocks.items()}, "query")
-        for name, batch in grads.items():
-            sum_square(name, batch, "query")
+        self.check_queries(grads)
         return {
             name: self._half(name, batch.to(accumulation_dtype(batch)))
             for name, batch in grads.items()

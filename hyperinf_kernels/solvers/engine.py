@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -18,8 +18,9 @@ from .damping import DEFAULT_DAMPING, Damping, as_damping
 from .datainf import DataInf
 from .exact import Exact
 from .flat import FlatSolver
+from .grad_dot import GradDot
 from .gram import Seen
-from .inputs import Gradients, check_shapes, sum_square
+from .inputs import Gradients, check_finite_result
 from .lissa import LiSSA
 from .report import BlockReport
 
@@ -71,36 +72,40 @@ class GramEngine:
     def scores(
         self,
         queries: Gradients,
-        methods: Sequence[str | FlatSolver] = ("grad_dot", "datainf", "exact"),
-        damping: Damping | float | Sequence[Damping | float] = DEFAULT_DAMPING,
+        methods: str | Solver | Sequence[str | Solver] = ("grad_dot", "datainf", "exact"),
+        damping: Damping | float | Iterable[Damping | float] = DEFAULT_DAMPING,
     ) -> list[GramScores]:
         """Influence of every training row, one entry per method and damping, in that order.
 
         Args:
             queries: {block: (m, r, d)}.
-            methods: "grad_dot" (which has no damping and so one entry), "datainf", "exact", "cg",
-                "lissa", or a solver object for its options; its own damping is not used.
+            methods: one or several of "grad_dot" (which has no damping and so one entry),
+                "datainf", "exact", "cg", "lissa", and solver objects for their options; their own
+                damping is not used.
             damping: one or a grid of them.
 
         Raises:
             InputError: no training rows, or gradients that do not fit.
             ValueError: a method that has no Gram form.
         """
-        grid = [as_damping(x) for x in (damping if isinstance(damping, Sequence) else [damping])]
-        solvers = [solver for method in methods for solver in self._solvers(method, grid)]
+        asked = [methods] if isinstance(methods, str | Solver) else list(methods)
+        grid = [as_damping(x) for x in _listed(damping)]
         store = self._store
         if store.n == 0:
             raise InputError("there are no training gradients: update() was given zero rows")
-        check_shapes(queries, {name: s.shape for name, s in store.blocks.items()}, "query")
-        for name, batch in queries.items():
-            sum_square(name, batch, "query")
+        solvers = [solver for method in asked for solver in self._solvers(method, grid)]
+        store.check_queries(queries)
+        dtype = accumulation_dtype(*queries.values())
         totals: list[Tensor | None] = [None] * len(solvers)
         for name in store.blocks:
             V = queries[name].flatten(1).to(accumulation_dtype(queries[name]))
             seen = store.seen(name, V)
             for i, solver in enumerate(solvers):
-                S = -seen.L if solver is None else self._block(solver, name, V, seen, len(grid))
-                total = totals[i]
+                if solver is None:
+                    S = check_finite_result(name, "grad_dot", -seen.L)
+                else:
+                    S = self._block(solver, name, V, seen, len(grid))
+                S, total = S.to(dtype), totals[i]
                 totals[i] = S if total is None else total.add_(S)
             store.forget_grams()
         return [
@@ -119,20 +124,23 @@ class GramEngine:
         return solver.block_scores(name, V, seen)
 
     def _solvers(
-        self, method: str | FlatSolver, grid: Sequence[Damping]
+        self, method: str | Solver, grid: Sequence[Damping]
     ) -> Iterator[FlatSolver | None]:
         """The method at every damping, as solvers that share the store's rows and Gram matrices."""
-        if method == "grad_dot":
+        if method == "grad_dot" or isinstance(method, GradDot):
             yield None
             return
-        known = method in FLAT if isinstance(method, str) else isinstance(method, FlatSolver)
-        if not known:
+        template = FLAT[method]() if isinstance(method, str) and method in FLAT else method
+        if not isinstance(template, FlatSolver):
             name = method.method if isinstance(method, Solver) else repr(method)
             raise ValueError(f"{name} has no Gram form, only {', '.join(('grad_dot', *FLAT))} have")
-        template = FLAT[method]() if isinstance(method, str) else method
         for damping in grid:
             solver = copy.copy(template)
             solver.reset()
             solver.damping = damping
             solver.share(self._store)
             yield solver.fit()
+
+
+def _listed(damping: Damping | float | Iterable[Damping | float]) -> list[Damping | float]:
+    return list(damping) if isinstance(damping, Iterable) else [damping]

@@ -8,7 +8,7 @@ from torch import Tensor
 from .block_gram import not_definite
 from .flat import FlatSolver
 from .gram import REFINE_ABOVE, Seen, gap, rooted, worst_ratio
-from .report import Outcome, precision_of
+from .report import RESIDUAL_LIMIT, Outcome, precision_of, with_rounding
 
 MAX_REFINEMENTS = 5
 
@@ -60,7 +60,11 @@ class Exact(FlatSolver):
             if worst_ratio(E_better, V) >= worst_ratio(E, V) / 2:
                 break
             W, E, refinements = better, E_better, refinements + 1
-        return W, self._judged(name, worst_ratio(E, V), refinements, "fp64")
+        outcome = self._judged(name, worst_ratio(E, V), refinements, "fp64")
+        if not outcome.converged:
+            before = self._residual(name, V, self._approximate(name, V))
+            outcome = with_rounding(outcome, worst_ratio(before, V), RESIDUAL_LIMIT, dtype)
+        return W, outcome
 
     def _approximate(self, name: str, V: Tensor) -> Tensor:
         rows, lam = self.rows[name], self.lambdas[name]

@@ -17,7 +17,7 @@ from .base import Solver
 from .block_gram import BlockGram
 from .damping import DEFAULT_DAMPING, Damping
 from .gram import Seen, Sketch, Span, worst_ratio
-from .inputs import Gradients, check_shapes, sum_square
+from .inputs import Gradients, check_finite_result
 from .planning import SolvePlan, flat_work, plan
 from .report import RESIDUAL_LIMIT, Outcome, angle, precision_of
 from .rows import GradientRows
@@ -126,9 +126,7 @@ class FlatSolver(Solver):
         """`scores` one block after the other, for sums that need not hold all of them."""
         if not self.lambdas:
             self.fit()
-        check_shapes(queries, {name: s.shape for name, s in self.blocks.items()}, "query")
-        for name, batch in queries.items():
-            sum_square(name, batch, "query")
+        self.check_queries(queries)
         for name, V in queries.items():
             yield name, self.block_scores(name, V.flatten(1).to(accumulation_dtype(V)))
 
@@ -151,11 +149,7 @@ class FlatSolver(Solver):
             W, outcome = self._directions(name, V.double(), torch.float64)
             S = -rows.dots(W).to(V.dtype)
             L = rows.dots(V) if seen is None else seen.L
-        if not bool(torch.isfinite(S).all()):
-            raise InputError(
-                f"block {name}: {self.method} gave NaN or inf "
-                f"({outcome.fallback or 'check damping and the scale of the gradients'})"
-            )
+        check_finite_result(name, self.method, S, outcome.fallback)
         self._record(name, self.blocks[name], outcome, angle(-L, S))
         return S
 

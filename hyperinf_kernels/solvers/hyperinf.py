@@ -28,7 +28,7 @@ from .planning import (
     route_work,
     scored,
 )
-from .report import RESIDUAL_LIMIT, Outcome
+from .report import RESIDUAL_LIMIT, Outcome, with_rounding
 
 Mode = Literal["converged", "paper"]
 Inverse = Literal["auto", "direct", "schulz", "dual", "cg"]
@@ -225,14 +225,16 @@ class HyperINF(Solver):
         if route == "dual":
             rows = self._gfim(name).rows()
             solved = routes.dual(rows, self.n, lam, V64)
-            W = solved.W.to(V.dtype)
-            E = V64 - routes.dual_product(rows, self.n, lam, W.double())
+            product = lambda W: routes.dual_product(rows, self.n, lam, W)  # noqa: E731
         else:
             A, solved = self._dense(name, route, V64, V.dtype)
-            W = solved.W.to(V.dtype)
-            E = V64 - W.double() @ A
+            product = lambda W: W @ A  # noqa: E731
+        W = solved.W.to(V.dtype)
+        outcome = self._outcome(name, solved, _residual(V64 - product(W.double()), V64, len(V)))
+        if not outcome.converged and outcome.fallback is None and self.mode != "paper":
+            before = _residual(V64 - product(solved.W.double()), V64, len(V))
+            outcome = with_rounding(outcome, before, self.tol or RESIDUAL_LIMIT, W.dtype)
         W = W.view(turned.shape)
-        outcome = self._outcome(name, solved, _residual(E, V64, len(V)))
         return (W.mT.contiguous() if self.side == "rows" else W), outcome
 
     def _dense(

@@ -28,12 +28,16 @@ def check_shapes(grads: Gradients, expected: Mapping[str, tuple[int, int]], role
     counts = {}
     for name, batch in grads.items():
         if not isinstance(batch, Tensor) or batch.dtype not in FLOATING or batch.ndim != 3:
-            what = tuple(batch.shape) if isinstance(batch, Tensor) else type(batch).__name__
+            what = type(batch).__name__
+            if isinstance(batch, Tensor):
+                what = f"{batch.dtype} {tuple(batch.shape)}"
             raise InputError(
                 f"block {name}: {role} gradients must be a floating-point tensor (samples, r, d), "
                 f"got {what}"
             )
         shape = (int(batch.shape[1]), int(batch.shape[2]))
+        if 0 in shape:
+            raise InputError(f"block {name}: {role} gradients {shape} hold no numbers")
         if name in expected and shape != tuple(expected[name]):
             raise InputError(
                 f"block {name}: {role} gradients are {shape}, training gradients {expected[name]}"
@@ -45,6 +49,16 @@ def check_shapes(grads: Gradients, expected: Mapping[str, tuple[int, int]], role
             f"{role} gradients disagree on the number of samples: "
             f"{one} has {counts[one]}, {other} has {counts[other]}"
         )
+
+
+def check_finite_result(name: str, method: str, result: Tensor, hint: str | None = None) -> Tensor:
+    """The result of one block itself, refused where it holds NaN or inf."""
+    if not bool(torch.isfinite(result).all()):
+        raise InputError(
+            f"block {name}: {method} gave NaN or inf "
+            f"({hint or 'check damping and the scale of the gradients'})"
+        )
+    return result
 
 
 def sum_square(name: str, batch: Tensor, role: str, first_row: int = 0) -> float:

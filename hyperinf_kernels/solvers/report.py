@@ -20,10 +20,11 @@ class BlockReport:
         damping: lambda, resolved for this block.
         condition_bound: rigorous upper bound of A's condition number, None where nothing is solved.
         products: dense products or factorisations spent; `iterations`: steps or refinements.
-        residual: ||V - W A||_F / ||V||_F of the delivered W, measured in fp64. For a closed form
-            (DataInf, K-FAC, EK-FAC) the relative error of one query row against its fp64
-            evaluation. For scores from Gram space, where no W exists, the same of -W P^T as the
-            training rows see it: ||(V - W A) P^T||_F / ||V P^T||_F, or the scores' relative error.
+        residual: ||V - W A||_F / ||V||_F of the delivered W, measured in fp64; the worst query's,
+            as all that follow. For a closed form (DataInf, K-FAC, EK-FAC) the relative error
+            against its fp64 evaluation. For scores S = -W P^T from Gram space, where no W exists:
+            of DataInf and the exact method the relative error of S, of CG and LiSSA
+            ||(V - W A) P^T|| / ||V P^T||, which says less about S the larger the condition is.
         converged: the residual is within the tolerance asked for, 1e-3 where none was.
         fallback: None, or why another route than the planned one gave the result.
         collapse_angle: degrees between V and W, in Gram space between the scores and those of
@@ -72,6 +73,14 @@ class Outcome:
     fallback: str | None = None
 
 
+def with_rounding(outcome: Outcome, before: float, limit: float, dtype: torch.dtype) -> Outcome:
+    """Say so where only the rounding of W, whose residual was `before`, misses the limit."""
+    if not before <= limit:
+        return outcome
+    note = f"W rounded to {precision_of(dtype)}; its residual was {before:.1e} before"
+    return replace(outcome, fallback=note)
+
+
 def precision_of(dtype: torch.dtype) -> str:
     """fp64 or fp32, the word of `BlockReport.precision`."""
     return "fp64" if dtype == torch.float64 else "fp32"
@@ -89,7 +98,7 @@ def angle(V: Tensor, W: Tensor) -> float | None:
 
 
 COLLAPSE_DEGREES = 5.0
-RESIDUAL_LIMIT = 1e-3  # of the delivered W; scores are then right to about 0.1 %
+RESIDUAL_LIMIT = 1e-3  # what counts as solved where no tolerance is asked for
 
 
 def summarise(reports: Sequence[BlockReport]) -> dict[str, object]:
