@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .block_gram import not_definite
+from .block_gram import BlockGram, not_definite
 from .flat import FlatSolver
-from .gram import REFINE_ABOVE, Seen, gap, rooted, worst_ratio
+from .gram import PROBES, REFINE_ABOVE, InvertedSketch, Seen, gap, rooted, worst_ratio
 from .report import RESIDUAL_LIMIT, Outcome, precision_of, with_rounding
 
 MAX_REFINEMENTS = 5
@@ -21,8 +21,8 @@ class Exact(FlatSolver):
     factor in fp64 and refine with fp64 residuals against P itself until only the rounding of W is
     left; the Gram matrix is formed in fp32, or in fp64 where the damping is too small for that.
     `scores` of the kept rows are -n L (K + n lambda I)^-1, which does not cancel, refined in the
-    same way where their error may be over 1e-5. Their `residual` is that error: a bound, or the
-    size of the last refinement.
+    same way where their error is over 1e-5. Their `residual` is that error: a bound, an estimate,
+    or the size of the last refinement.
     """
 
     method = "exact"
@@ -30,11 +30,15 @@ class Exact(FlatSolver):
     def reset(self) -> None:
         super().reset()
         self._primal: tuple[str, float, int, Tensor] | None = None  # the latest D x D factor
+        self._inverted: tuple[str, float, int, InvertedSketch] | None = None  # the latest
 
     def _gram_scores(self, name: str, seen: Seen) -> tuple[Tensor, Outcome]:
         gram, rows, lam = self.gram(name), self.rows[name], self.lambdas[name]
         S, refinements = -gram.n * gram.solve(seen.L.double(), lam), 0
         error = self.sketch(name).error(seen, S, lam)
+        if error > REFINE_ABOVE and len(S) > PROBES:
+            # the bound may be far off; for fewer queries a refinement is as cheap as this
+            error = self._inverted_sketch(name, gram).error(seen.V, S)
         while error > REFINE_ABOVE and refinements < MAX_REFINEMENTS:
             step = gram.n * gram.solve(gap(rows, seen.V, S, lam), lam)
             S, refinements, before = S - step, refinements + 1, error
@@ -45,6 +49,14 @@ class Exact(FlatSolver):
         S = S.to(seen.V.dtype)
         error = max(error, torch.finfo(S.dtype).eps / 2)
         return S, self._judged(name, error, refinements, precision_of(gram.dtype))
+
+    def _inverted_sketch(self, name: str, gram: BlockGram) -> InvertedSketch:
+        rows, lam = self.rows[name], self.lambdas[name]
+        held = self._inverted
+        if held is None or held[:3] != (name, lam, rows.n):
+            Y = gram.n * gram.solve(self.sketch(name).X.mT, lam).mT
+            held = self._inverted = (name, lam, rows.n, InvertedSketch(rows, Y, lam))
+        return held[3]
 
     def _directions(self, name: str, V: Tensor, dtype: torch.dtype) -> tuple[Tensor, Outcome]:
         W = self._approximate(name, V).to(dtype)

@@ -74,6 +74,22 @@ class Sketch:
         return E / PROBES**0.5
 
 
+class InvertedSketch:
+    """A sketch through Y = (K / n + lambda I)^-1 X: the error of exact scores itself, no bound.
+
+    E Y is what the error E (K / n + lambda I)^-1 of S does to X. One more reading of P per damping.
+    """
+
+    def __init__(self, rows: GradientRows, Y: Tensor, lam: float) -> None:
+        self.rows, image, _ = rows.sketch(Y)
+        self.image = image / rows.n + lam * Y
+
+    def error(self, V: Tensor, S: Tensor) -> float:
+        """The relative error, about, of S (m, n) for V (m, D); the worst query's."""
+        E = V.double() @ self.rows + S.double() @ self.image
+        return worst_ratio(E / PROBES**0.5, S)
+
+
 def gap(rows: GradientRows, V: Tensor, S: Tensor, lam: float) -> Tensor:
     """(V - W A) P^T (m, n) for S = -W P^T, in fp64 and one reading of P."""
     L, image = rows.probe(V.double(), S)
