@@ -86,7 +86,7 @@ def gfim_accumulate_(C: Tensor, delta: Tensor, act: Tensor, *, side: str, alpha:
     lead = C.shape[:-2]
     # g_b g_b^T is the same sum with the factors exchanged
     rows, cols = (delta, act) if side == "cols" else (act, delta)
-    rows, cols = (reference.samples(t, lead, 2) for t in (rows, cols))
+    rows, cols = (reference.apart(C, reference.samples(t, lead, 2)) for t in (rows, cols))
     if not prefer_fused_gfim(rows.shape[-2], cols.shape[-1]):
         return _accumulate_slices(C, rows, cols, alpha)
     for index in itertools.product(*map(range, lead)):
