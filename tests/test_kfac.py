@@ -231,13 +231,18 @@ def test_rows_in_files_give_the_same_scores(tmp_path: Path) -> None:
     assert torch.equal(scores.values, want)
 
 
-@pytest.mark.parametrize("method", ["kfac", "ekfac"])
-def test_a_saved_fit_scores_alike(method: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("kfac", {}), ("ekfac", {}), ("ekfac", {"two_pass": True})],
+    ids=["kfac", "ekfac", "ekfac, two passes"],
+)
+def test_a_saved_fit_scores_alike(method: str, options: dict[str, bool], tmp_path: Path) -> None:
     model = models.llama()
-    first = hk.Attributor(model, method=method).fit(TRAIN)
+    first = hk.Attributor(model, method=method, **options).fit(TRAIN)
     first.save(tmp_path / "fitted")
     second = hk.Attributor.load(tmp_path / "fitted", model)
     want = first.score(QUERY, list(TRAIN)).values
+    assert second.solver.second_pass is first.solver.second_pass
     assert torch.equal(second.score(QUERY, list(TRAIN)).values, want)
     # the damping can still be changed
     again = hk.Attributor(model, method=method, damping=0.5).fit(TRAIN).score(QUERY, list(TRAIN))
@@ -344,13 +349,14 @@ def test_a_saved_state_is_nobodys_running_sum(make: Any) -> None:
         assert torch.equal(W, want[name])
 
 
+@pytest.mark.parametrize("merging", [False, True], ids=["update", "merge"])
 @pytest.mark.parametrize("make", [hk.Exact, hk.EKFAC], ids=["exact", "ekfac"])
-def test_a_batch_that_finds_no_room_can_be_tried_again(
-    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_finds_no_room_can_be_tried_again(
+    make: Any, merging: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hyperinf_kernels.solvers.rows.CHUNK_ROWS", 8)
     first, more, query = gradients(5, 1), gradients(20, 2), gradients(3, 3)
-    allocate, left = os.posix_fallocate, [1]
+    allocate, left = os.posix_fallocate, [2]
 
     def nearly_full(*where: int) -> None:
         if left[0] == 0:
@@ -358,15 +364,18 @@ def test_a_batch_that_finds_no_room_can_be_tried_again(
         left[0] -= 1
         allocate(*where)
 
-    solver, plain = make(0.1, folder=tmp_path), make(0.1)
+    solver, plain, other = make(0.1, folder=tmp_path), make(0.1), make(0.1)
     solver.update(first)
+    other.update(more)
+    add = (lambda: solver.merge(other)) if merging else (lambda: solver.update(more))
     monkeypatch.setattr(os, "posix_fallocate", nearly_full)
-    # the first block finds room for a chunk, then there is none
+    # the first block finds room for its two chunks, the second none
     with pytest.raises(hk.InputError, match="no room for"):
-        solver.update(more)
+        add()
+    assert left == [0]
     assert solver.n == 5
     monkeypatch.setattr(os, "posix_fallocate", allocate)
-    solver.update(more)
+    add()
     assert solver.n == 25
     for batch in (first, more):
         plain.update(batch)

@@ -11,7 +11,7 @@ from .report import RESIDUAL_LIMIT, Outcome, precision_of
 from .rows import squares
 
 DIRECTIONS = 8
-SUSPECT = RESIDUAL_LIMIT / 4  # 8 directions show less than a quarter of an error once in 10^4
+SUSPECT = RESIDUAL_LIMIT / 4  # 8 directions show less of an error over the limit once in 7,500
 GROUP = 8  # rows compared at a time, so that their fp64 copies stay in cache
 
 
