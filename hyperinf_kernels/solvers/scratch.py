@@ -40,7 +40,7 @@ class Scratch:
             os.posix_fallocate(handle, 0, numbers * dtype.itemsize)
             held = torch.from_file(path, shared=True, size=numbers, dtype=dtype)
         except OSError as error:
-            size = f"{numbers * dtype.itemsize:,} bytes"
+            size = f"{numbers * dtype.itemsize / 2**20:,.0f} MiB"
             raise InputError(f"no room for {size} in {self.folder}: {error.strerror}") from None
         finally:
             os.close(handle)
