@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -229,13 +231,18 @@ def test_rows_in_files_give_the_same_scores(tmp_path: Path) -> None:
     assert torch.equal(scores.values, want)
 
 
-@pytest.mark.parametrize("method", ["kfac", "ekfac"])
-def test_a_saved_fit_scores_alike(method: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("kfac", {}), ("ekfac", {}), ("ekfac", {"two_pass": True})],
+    ids=["kfac", "ekfac", "ekfac, two passes"],
+)
+def test_a_saved_fit_scores_alike(method: str, options: dict[str, bool], tmp_path: Path) -> None:
     model = models.llama()
-    first = hk.Attributor(model, method=method).fit(TRAIN)
+    first = hk.Attributor(model, method=method, **options).fit(TRAIN)
     first.save(tmp_path / "fitted")
     second = hk.Attributor.load(tmp_path / "fitted", model)
     want = first.score(QUERY, list(TRAIN)).values
+    assert second.solver.second_pass is first.solver.second_pass
     assert torch.equal(second.score(QUERY, list(TRAIN)).values, want)
     # the damping can still be changed
     again = hk.Attributor(model, method=method, damping=0.5).fit(TRAIN).score(QUERY, list(TRAIN))
@@ -275,3 +282,103 @@ def test_what_cannot_be_done_is_said_before_any_work() -> None:
         mixed.update(train, tokens=tokens)
     with pytest.raises(hk.InputError, match="block bias: no tokens"):
         hk.KFAC().update(train, tokens={"A": tokens["A"]})
+
+
+@pytest.mark.parametrize("two_pass", [False, True], ids=["kept", "two passes"])
+def test_a_restored_ekfac_says_what_it_can_take(two_pass: bool) -> None:
+    first, more, query = gradients(20, 1), gradients(7, 2), gradients(5, 3)
+    saved, restored, other = (hk.EKFAC(0.1, two_pass=two_pass) for _ in range(3))
+    update(saved, first, (20,))
+    restored.restore(*saved.state())
+    other.update(more)
+    want = saved.apply(query)
+    if not two_pass:
+        for act in (
+            restored.update,
+            lambda g: restored.merge(other),
+            lambda g: other.merge(restored),
+        ):
+            with pytest.raises(hk.InputError, match="restored from a saved fit.*two_pass=True"):
+                act(more)
+        assert (restored.n, other.n) == (20, 7)
+    else:
+        restored.update(more)
+        with pytest.raises(hk.InputError, match=r"27 training rows .* and 0 in revisit"):
+            restored.fit()
+        for batch in (more, first):
+            restored.revisit(batch)
+        both = {name: torch.cat([g, more[name]]) for name, g in first.items()}
+        want = update(hk.EKFAC(0.1, two_pass=True), both, (27,)).apply(query)
+    for name, W in restored.apply(query).items():
+        torch.testing.assert_close(W, want[name], rtol=1e-4, atol=1e-5)
+
+
+def test_ekfac_of_one_pass_and_of_two_do_not_merge() -> None:
+    one, two = hk.EKFAC(), hk.EKFAC(two_pass=True)
+    one.update(gradients(6, 1))
+    two.update(gradients(6, 2))
+    for mine, theirs in ((one, two), (two, one)):
+        with pytest.raises(hk.InputError, match="two_pass"):
+            mine.merge(theirs)
+    assert one.fit().n == 6
+
+
+@pytest.mark.parametrize(
+    "make",
+    [hk.KFAC, hk.EKFAC, lambda: hk.HyperINF(inverse="direct"), lambda: hk.HyperINF(side="both")],
+    ids=["kfac", "ekfac", "hyperinf", "hyperinf, both sides"],
+)
+def test_a_saved_state_is_nobodys_running_sum(make: Any) -> None:
+    first, more, query = gradients(20, 1), gradients(7, 2), gradients(5, 3)
+    solver, second = make(), make()
+    solver.update(first)
+    tensors, meta = solver.state()
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    second.restore(tensors, meta)
+    want = second.apply(query)
+    third = make()
+    third.update(more)
+    solver.update(more)
+    if not isinstance(second, hk.EKFAC):
+        second.merge(third)
+        second.update(more)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tensors.items())
+    again = make()
+    again.restore(tensors, meta)
+    for name, W in again.apply(query).items():
+        assert torch.equal(W, want[name])
+
+
+@pytest.mark.parametrize("merging", [False, True], ids=["update", "merge"])
+@pytest.mark.parametrize("make", [hk.Exact, hk.EKFAC], ids=["exact", "ekfac"])
+def test_what_finds_no_room_can_be_tried_again(
+    make: Any, merging: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hyperinf_kernels.solvers.rows.CHUNK_ROWS", 8)
+    first, more, query = gradients(5, 1), gradients(20, 2), gradients(3, 3)
+    allocate, left = os.posix_fallocate, [2]
+
+    def nearly_full(*where: int) -> None:
+        if left[0] == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        left[0] -= 1
+        allocate(*where)
+
+    solver, plain, other = make(0.1, folder=tmp_path), make(0.1), make(0.1)
+    solver.update(first)
+    other.update(more)
+    add = (lambda: solver.merge(other)) if merging else (lambda: solver.update(more))
+    monkeypatch.setattr(os, "posix_fallocate", nearly_full)
+    # the first block finds room for its two chunks, the second none
+    with pytest.raises(hk.InputError, match="no room for"):
+        add()
+    assert left == [0]
+    assert solver.n == 5
+    monkeypatch.setattr(os, "posix_fallocate", allocate)
+    add()
+    assert solver.n == 25
+    for batch in (first, more):
+        plain.update(batch)
+    want = plain.apply(query)
+    for name, W in solver.apply(query).items():
+        torch.testing.assert_close(W, want[name], rtol=1e-5, atol=1e-6)

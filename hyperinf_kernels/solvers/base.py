@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -16,7 +17,9 @@ from .inputs import Gradients, check_finite_result, check_shapes, sum_square
 from .merging import check_mergeable
 from .planning import SolvePlan
 from .report import BlockReport, Outcome, angle, worse
-from .rows import GradientRows
+from .rows import NOTHING, GradientRows, squares
+
+SOLVED = 4  # gradients of a call of self_influence by `half` that are solved and judged
 
 
 @dataclass
@@ -76,19 +79,22 @@ class Solver:
                 change them later.
 
         Raises:
-            InputError: block names or shapes that do not fit, or NaN or inf (block and row named).
+            InputError: block names or shapes that do not fit, NaN or inf (block and row named), or
+                no room in `folder`; nothing of the batch is kept then.
         """
         check_shapes(grads, {name: s.shape for name, s in self.blocks.items()}, "train")
         # all blocks are checked before any of them is taken in
-        squares = {name: sum_square(name, batch, "train", self.n) for name, batch in grads.items()}
+        sums = {name: sum_square(name, batch, "train", self.n) for name, batch in grads.items()}
         self.lambdas = {}
+        with self._all_or_nothing():
+            for name, batch in grads.items():
+                r, d = int(batch.shape[1]), int(batch.shape[2])
+                self.blocks.setdefault(name, BlockState((r, d)))
+                if len(batch):
+                    self._keep(name, batch, copy)
         for name, batch in grads.items():
-            r, d = int(batch.shape[1]), int(batch.shape[2])
-            state = self.blocks.setdefault(name, BlockState((r, d)))
-            state.n += len(batch)
-            state.sum_square += squares[name]
-            if len(batch):
-                self._keep(name, batch, copy)
+            self.blocks[name].n += len(batch)
+            self.blocks[name].sum_square += sums[name]
 
     def revisit(self, grads: Gradients) -> None:
         """The second reading of a training batch, after all updates, where `second_pass` is True.
@@ -108,16 +114,12 @@ class Solver:
         """
         if self.n == 0:
             raise InputError("there are no training gradients: update() was given zero rows")
-        for name, state in self.blocks.items():
-            lam = self.damping.value(state.mean_square, self._mean_eigenvalue(state))
-            self.lambdas[name] = lam
-            self._fit_block(name, lam)
-            if state.sum_square == 0 and self.lambdas[name] == 0 and self.needs_damping:
-                raise InputError(
-                    f"block {name}: every training gradient is zero, so its curvature is singular "
-                    f"and its damping ({self.damping}) is zero. An untrained LoRA adapter (B = 0) "
-                    "does this; train it, leave the block out, or add an absolute damping"
-                )
+        try:
+            for name in self.blocks:
+                self._resolve(name)
+        except InputError:
+            self.lambdas = {}  # not those of some blocks only
+            raise
         self._reports = {}
         return self
 
@@ -186,7 +188,8 @@ class Solver:
         check_mergeable(self, other)
         if not other.blocks:
             return self
-        self._merge(other)
+        with self._all_or_nothing():
+            self._merge(other)
         for name, state in other.blocks.items():
             mine_state = self.blocks.setdefault(name, BlockState(state.shape))
             mine_state.n += state.n
@@ -231,8 +234,10 @@ class Solver:
             self.fit()
         self.check_queries(grads)
         return {
-            name: self._half(name, batch.to(accumulation_dtype(batch)))
-            for name, batch in grads.items()
+            name: check_finite_result(
+                name, f"half() of {self.method}", self._half(name, g.to(accumulation_dtype(g)))
+            )
+            for name, g in grads.items()
         }
 
     def self_influence(self, grads: Gradients) -> Tensor:
@@ -252,6 +257,24 @@ class Solver:
         parts = [-(W * grads[name].to(W.dtype)).sum((1, 2)) for name, W in applied.items()]
         return torch.stack(parts).sum(0)
 
+    def _squared_half(self, grads: Gradients) -> Tensor:
+        """`self_influence` of a method with a root: minus the squared length of `half`."""
+        own = {name: half.double().square().sum(1) for name, half in self.half(grads).items()}
+        # for the certificate, those of each block are solved all the way where most cancels
+        hardest = {}
+        for name, batch in grads.items():
+            sizes = squares(batch.flatten(1))
+            gains = torch.where(sizes > 0, own[name] / sizes, torch.inf)
+            hardest[name] = batch[gains.argsort()[:SOLVED]]
+        self.apply(hardest)
+        total = -torch.stack(list(own.values())).sum(0).to(accumulation_dtype(*grads.values()))
+        if not bool(torch.isfinite(total).all()):
+            raise InputError(
+                f"{self.method} gave NaN or inf as self-influence "
+                "(check damping and the scale of the gradients)"
+            )
+        return total
+
     @property
     def kept(self) -> Mapping[str, GradientRows] | None:
         """The training rows, of a method that keeps them."""
@@ -260,6 +283,20 @@ class Solver:
     def report(self) -> list[BlockReport]:
         """One entry per block, the worst over all `apply` and `scores` calls since `fit`."""
         return list(self._reports.values())
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Blocks and kept rows as before if adding to them fails, so that it can be tried again."""
+        blocks = set(self.blocks)
+        marks = {name: rows.mark() for name, rows in (self.kept or {}).items()}
+        try:
+            yield
+        except BaseException:
+            for name in self.blocks.keys() - blocks:
+                del self.blocks[name]
+            for name, rows in (self.kept or {}).items():
+                rows.back_to(marks.get(name, NOTHING))
+            raise
 
     def _merge(self, other: Self) -> None:
         """Add what `other` kept; here for methods whose state is a set of sums."""
@@ -300,6 +337,19 @@ class Solver:
 
     def _keep(self, name: str, batch: Tensor, copy: bool) -> None:
         """Keep what later steps need of a batch (B, r, d), B > 0; a copy if `copy`."""
+
+    def _resolve(self, name: str) -> None:
+        """Damping and preparation of one block."""
+        state = self.blocks[name]
+        lam = self.damping.value(state.mean_square, self._mean_eigenvalue(state))
+        self.lambdas[name] = lam
+        self._fit_block(name, lam)
+        if state.sum_square == 0 and self.lambdas[name] == 0 and self.needs_damping:
+            raise InputError(
+                f"block {name}: every training gradient is zero, so its curvature is singular "
+                f"and its damping ({self.damping}) is zero. An untrained LoRA adapter (B = 0) "
+                "does this; train it, leave the block out, or add an absolute damping"
+            )
 
     def _fit_block(self, name: str, lam: float) -> None:
         """Prepare one block once its damping is known."""

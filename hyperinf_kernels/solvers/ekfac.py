@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
+import torch
 from torch import Tensor
 
 from ..errors import InputError
 from ..ops.checks import accumulation_dtype
 from .damping import DEFAULT_DAMPING, Damping
 from .inputs import Gradients, check_shapes, sum_square
-from .kfac import KFAC, Basis
+from .kfac import KFAC, Basis, Tokens
 from .rows import GradientRows
 from .scratch import Scratch
 
@@ -59,8 +60,14 @@ class EKFAC(KFAC):
     def kept(self) -> Mapping[str, GradientRows] | None:
         return None if self.second_pass else self.rows
 
+    def options(self) -> dict[str, Any]:
+        return {"two_pass": self.second_pass}
+
+    def update(self, grads: Gradients, *, copy: bool = True, tokens: Tokens | None = None) -> None:
+        self._refuse_without_rows()
+        super().update(grads, copy=copy, tokens=tokens)
+
     def _keep(self, name: str, batch: Tensor, copy: bool) -> None:
-        super()._keep(name, batch, copy)
         self._squares.pop(name, None)
         if not self.second_pass:
             flat = batch.flatten(1).clone() if copy else batch.flatten(1)
@@ -73,40 +80,51 @@ class EKFAC(KFAC):
         seen = max((count for count, _ in self._squares.values()), default=0)
         for name, batch in grads.items():
             sum_square(name, batch, "train", seen)
+        self.lambdas = {}
         for name, batch in grads.items():
-            self._add_squares(name, batch)
+            before, total = self._squares.get(name, (0, 0.0))
+            self._squares[name] = (before + len(batch), total + self._rotated(name, [batch]))
 
-    def _add_squares(self, name: str, batch: Tensor) -> None:
-        """Add the squares of a batch (B, r, d) in the basis, a few samples at a time."""
-        seen, total = self._squares.get(name, (0, None))
-        for part in batch.split(SAMPLES):
-            rotated = self.kronecker(name).into(part.to(accumulation_dtype(part)))
-            squares = rotated.double().square().sum(0)
-            total = squares if total is None else total.add_(squares)
-            seen += len(part)
-        if total is not None:
-            self._squares[name] = (seen, total)
+    def _rotated(self, name: str, batches: Iterable[Tensor]) -> Tensor:
+        """Sum of the squares (r, d) of batches (B, r, d) in the basis, a few samples at a time."""
+        basis = self.kronecker(name)
+        total = torch.zeros_like(basis.eigenvalues)
+        for batch in batches:
+            for part in batch.split(SAMPLES):
+                total += basis.into(part.to(accumulation_dtype(part))).double().square().sum(0)
+        return total
 
     def basis(self, name: str) -> Basis:
-        n = self.blocks[name].n
+        n, shape = self.blocks[name].n, self.blocks[name].shape
         if name not in self._squares and name in self.rows:
-            for _, chunk in self.rows[name].chunks():
-                self._add_squares(name, chunk.view(-1, *self.blocks[name].shape))
-        seen, total = self._squares.get(name, (0, None))
-        if seen != n or total is None:
+            samples = (chunk.view(-1, *shape) for _, chunk in self.rows[name].chunks())
+            self._squares[name] = (n, self._rotated(name, samples))
+        seen, total = self._squares.get(name, (0, torch.empty(0)))
+        if seen != n:
             raise InputError(
                 f"block {name}: EK-FAC with two_pass=True saw {n} training rows in update() and "
                 f"{seen} in revisit(); show it every batch once more before fit()"
             )
         return replace(self.kronecker(name), eigenvalues=total / n)
 
+    def _refuse_without_rows(self) -> None:
+        """A saved fit has no gradients, and the eigenvalues of more data need all of them."""
+        if not self.second_pass and self.n > 0 and not self.rows:
+            raise InputError(
+                "this EK-FAC was restored from a saved fit, which holds no training gradients, so "
+                "it cannot take further ones: fit a new one on all of them, or save one with "
+                "two_pass=True, which is then shown every batch once more by revisit()"
+            )
+
     def _merge(self, other: Self) -> None:
-        super()._merge(other)
-        self._squares.clear()
+        self._refuse_without_rows()
+        other._refuse_without_rows()
         for name, theirs in other.rows.items():
             mine = self.rows.setdefault(name, GradientRows(theirs.width, self._scratch))
             for _, chunk in theirs.chunks():
                 mine.append(chunk)
+        super()._merge(other)
+        self._squares.clear()
 
     def _restore_basis(self, name: str, basis: Basis) -> None:
         super()._restore_basis(name, basis)

@@ -110,7 +110,7 @@ class Exact(FlatSolver):
             root = (flat @ U * (mu.clamp_min(0) + lam).rsqrt()) @ U.mT
         else:
             # (sqrt(n lam / (k + n lam)) - 1) / k without cancellation, also where k = 0
-            k, U = self.gram(name).diagonalise()
+            k, U = self.gram(name, fine=True).diagonalise()
             whole, floor = (k + rows.n * lam).sqrt(), (rows.n * lam) ** 0.5
             root = rooted(rows, flat, U, -1 / (whole * (whole + floor))) / lam**0.5
         return root.to(V.dtype)

@@ -188,19 +188,19 @@ class FlatSolver(Solver):
                 yield own, self.block_scores(name, V, seen)
                 start = own.stop
 
-    def gram(self, name: str) -> BlockGram:
-        """K of a fitted block, formed once: fp32, or fp64 where the damping asks for it."""
+    def gram(self, name: str, *, fine: bool = False) -> BlockGram:
+        """K of a fitted block, formed once: fp32, or fp64 if `fine` or the damping asks for it."""
         rows = self.rows[name]
-        fine = torch.float64 if self._needs_fine_sums(name) else None
+        wanted = torch.float64 if fine or self._needs_fine_sums(name) else None
         held = self._grams.get(name)
-        if held is None or held.n != rows.n or (fine is not None and held.dtype != fine):
+        if held is None or held.n != rows.n or (wanted is not None and held.dtype != wanted):
             size = rows.n**2 * 4
             if size * len(self.blocks) > GRAM_BYTES:
                 self._grams.clear()
             for other in self._grams.values():
                 other.drop_factors()
             scratch = self._scratch if size > GRAM_BYTES else None
-            held = self._grams[name] = BlockGram(name, rows, fine, scratch)
+            held = self._grams[name] = BlockGram(name, rows, wanted, scratch)
         return held
 
     def _needs_fine_sums(self, name: str) -> bool:

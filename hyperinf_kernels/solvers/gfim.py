@@ -26,6 +26,9 @@ class Gfim:
         self.r, self.d, self.side = r, d, side
         self.keep = rows if side == "cols" else "none"
         self._sums: dict[str, Tensor] = {}
+        self._lent = (
+            False  # whether a saved state has the same sums, so they must not grow in place
+        )
         self._rows: list[Tensor] = []
 
     def add(self, batch: Tensor, copy: bool) -> None:
@@ -74,15 +77,20 @@ class Gfim:
         return next(iter([*self._sums.values(), *self._rows])).device
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a saved solver keeps, by a word each."""
+        """What a saved solver keeps, by a word each; what comes later does not change it."""
+        self._lent = True
         return {**self._sums, **({"samples": self.rows()} if self._rows else {})}
 
     def take(self, tensors: Mapping[str, Tensor]) -> None:
         """Inverse of `tensors`."""
         self._sums = {word: t for word, t in tensors.items() if word != "samples"}
+        self._lent = True
         self._rows = [tensors["samples"]] if "samples" in tensors else []
 
     def _accumulate(self, side: str, batch: Tensor) -> None:
+        if self._lent:
+            self._sums = {word: total.clone() for word, total in self._sums.items()}
+            self._lent = False
         if side not in self._sums:
             size = self.d if side == "cols" else self.r
             self._sums[side] = torch.zeros(size, size, dtype=torch.float64, device=batch.device)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..ops.checks import accumulation_dtype
 from ..ops.costs import rates_of
 from . import routes
 from .base import BlockState, Solver
@@ -34,7 +33,6 @@ Mode = Literal["converged", "paper"]
 Inverse = Literal["auto", "direct", "schulz", "dual", "cg"]
 
 PAPER_LIMIT = 1e-2
-PROBES = 4  # gradients of a call of self_influence that are solved and judged
 BATCH_NUMBERS = 1 << 23  # of all matrices of one batched Schulz call
 FACTOR_NUMBERS = 1 << 27  # of all Cholesky factors kept between calls
 
@@ -137,18 +135,21 @@ class HyperINF(Solver):
             self._queries, self._batched = {}, {}
 
     def self_influence(self, grads: Gradients) -> Tensor:
-        """-<g A^-1, g> summed over blocks, (B,): one triangular solve per gradient, no way back."""
+        """-<g A^-1, g> summed over blocks, (B,): one `half` per gradient, no way back."""
         if self.mode == "paper":
             return super().self_influence(grads)
-        # a few of them are solved all the way, for the certificate
-        self.apply({name: g[:: max(1, len(g) // PROBES)][:PROBES] for name, g in grads.items()})
-        parts = [x.double().square().sum(1) for x in self.half(grads).values()]
-        return -torch.stack(parts).sum(0).to(accumulation_dtype(*grads.values()))
+        return self._squared_half(grads)
 
     def _half(self, name: str, V: Tensor) -> Tensor:
-        # from A = F F^T: V F^-T, on either side or on both
+        # from A = F F^T: V F^-T, on either side or on both; by the dual while the rows are few
         if self.mode == "paper":
             raise InputError("half() needs mode='converged': paper mode does not invert")
+        gfim, lam = self._gfim(name), self.lambdas[name]
+        # whatever the number of gradients: all embeddings must be of one root
+        if gfim.holds_rows and len(gfim.rows()) < gfim.d and lam > 0:
+            factor, thin = self._factor(name, "dual"), V.double().flatten(0, 1)
+            root = routes.dual_half(gfim.rows(), self.n, lam, factor, thin)
+            return root.view_as(V).to(V.dtype).flatten(1)
         factors = {side: self._factor(name, side) for side in self._sides()}
         return routes.half(V.double(), **factors).to(V.dtype).flatten(1)
 
@@ -193,12 +194,16 @@ class HyperINF(Solver):
             self.lambdas[name] = lam + self.extra_damping
 
     def _factor(self, name: str, side: str, A: Tensor | None = None) -> Tensor:
-        """The Cholesky factor of A, kept for later batches of queries."""
+        """The Cholesky factor of A or of its "dual", kept for later batches of queries."""
         if (name, side) not in self._factors:
-            A = self.curvature(name, side) if A is None else A
-            if sum(map(Tensor.numel, self._factors.values())) + A.numel() > FACTOR_NUMBERS:
+            n, lam = self.n, self.lambdas[name]
+            if side == "dual":
+                lower = routes.dual_factor(self._gfim(name).rows(), n, lam)
+            else:
+                lower = routes.factor(name, self.curvature(name, side) if A is None else A, n, lam)
+            if sum(map(Tensor.numel, self._factors.values())) + lower.numel() > FACTOR_NUMBERS:
                 self._factors.clear()
-            self._factors[name, side] = routes.factor(name, A, self.n, self.lambdas[name])
+            self._factors[name, side] = lower
         return self._factors[name, side]
 
     def _route(self, name: str, queries: int) -> str:

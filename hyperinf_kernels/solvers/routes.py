@@ -5,6 +5,7 @@ V is (q, d) in fp64, A (d, d) in fp64 and symmetric positive definite.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -89,12 +90,7 @@ def dual(rows: Tensor, n: int, lam: float, V: Tensor) -> Solved:
     (Y^T Y / n + lam I)^-1 = (1 / lam) [I - Y^T (n lam I + Y Y^T)^-1 Y]. The difference cancels
     where lam is small, so W is refined against residuals of A itself until they are at rest.
     """
-    Y = rows.double()
-    K = Y @ Y.mT
-    K.diagonal().add_(n * lam)
-    lower, info = torch.linalg.cholesky_ex(K)
-    if lam <= 0 or int(info) > 0:
-        raise InputError(f"the dual needs a positive damping, got {lam:g}")
+    lower, Y = dual_factor(rows, n, lam), rows.double()
 
     def solve(E: Tensor) -> Tensor:
         return (E - torch.cholesky_solve((E @ Y.mT).mT, lower).mT @ Y) / lam
@@ -108,6 +104,35 @@ def dual(rows: Tensor, n: int, lam: float, V: Tensor) -> Solved:
             break
         W, last, steps = W + solve(E), size, steps + 1
     return Solved(W, iterations=steps)
+
+
+def dual_factor(rows: Tensor, n: int, lam: float) -> Tensor:
+    """Lower Cholesky factor F of n lam I + Y Y^T, in fp64, for `dual_half`.
+
+    Raises:
+        InputError: it is not positive definite.
+    """
+    Y = rows.double()
+    K = Y @ Y.mT
+    K.diagonal().add_(n * lam)
+    lower, info = torch.linalg.cholesky_ex(K)
+    if lam <= 0 or int(info) > 0:
+        raise InputError(f"the dual needs a positive damping, got {lam:g}")
+    return lower
+
+
+def dual_half(rows: Tensor, n: int, lam: float, lower: Tensor, V: Tensor) -> Tensor:
+    """V B (q, d) with B B^T = A^-1, without a d x d matrix.
+
+    B = (I - Y^T F^-T (F + sqrt(n lam) I)^-1 Y) / sqrt(lam), Andrews' square root of 1968 (AIAA J.
+    6:1165). It loses the square root of A's condition, not the condition, to cancellation.
+    """
+    Y = rows.double()
+    shifted = lower.clone()
+    shifted.diagonal().add_(math.sqrt(n * lam))
+    T = torch.linalg.solve_triangular(lower.mT, V @ Y.mT, upper=True, left=False)
+    T = torch.linalg.solve_triangular(shifted, T, upper=False, left=False)
+    return (V - T @ Y) / math.sqrt(lam)
 
 
 def dual_product(rows: Tensor, n: int, lam: float, W: Tensor) -> Tensor:

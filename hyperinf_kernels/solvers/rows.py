@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,17 @@ PAGE_SLICE = 1024  # of mapped rows: whole pages, so that none is read twice
 DEEP_SLICE = 2048  # columns at a time where P is used as it is
 RUN = 512  # numbers whose squares fp32 adds without noticeable loss
 SAFE = 1e15  # norms of runs between its inverse and it have squares inside fp32
+
+
+class Mark(NamedTuple):
+    """What a `GradientRows` held at one time."""
+
+    n: int
+    chunks: tuple[Tensor, ...]
+    pending: tuple[Tensor, ...]
+
+
+NOTHING = Mark(0, (), ())
 
 
 class GradientRows:
@@ -44,11 +56,20 @@ class GradientRows:
         if sum(map(len, self._pending)) >= CHUNK_ROWS:
             self._join()
 
+    def mark(self) -> Mark:
+        """Where it stands, for `back_to`."""
+        return Mark(self.n, tuple(self._chunks), tuple(self._pending))
+
+    def back_to(self, mark: Mark) -> None:
+        """Forget the rows appended since."""
+        self.n, self._chunks, self._pending = mark.n, list(mark.chunks), list(mark.pending)
+
     def _join(self) -> None:
         if self._pending:
             whole = self._pending[0] if len(self._pending) == 1 else torch.cat(self._pending)
             parts = whole.split(2 * CHUNK_ROWS)
-            self._chunks.extend(self.scratch.mapped(p) if self.scratch else p for p in parts)
+            # all or none: a folder may have no room for the last
+            self._chunks += [self.scratch.mapped(p) if self.scratch else p for p in parts]
             self._pending.clear()
 
     def chunks(self, dtype: torch.dtype | None = None) -> Iterator[tuple[slice, Tensor]]:
