@@ -185,6 +185,20 @@ def test_fp32_needs_no_direct_result_without_bounds(kind: str, kappa: float) -> 
         assert np.linalg.norm(oracle.f64(w) - truth) <= 8 * EPS32 * np.linalg.norm(truth)
 
 
+@pytest.mark.parametrize("kappa", [3e10, 3e11])
+def test_fp64_solves_need_no_direct_result_either(kappa: float) -> None:
+    """One direction far above the rest, on which A X = I + small and X A = I + not small."""
+    mu = np.r_[1.0, np.full(15, 1 / kappa) * np.linspace(1, 2, 15)]
+    a = torch.from_numpy(np.stack([oracle.spd(mu, seed) for seed in range(6)]))
+    v = torch.randn(6, 2, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    w, info = hk.schulz_solve(a, v, return_info=True)
+    assert info.fallback is None
+    assert info.converged.all()
+    for i in range(6):
+        peer = torch.linalg.solve(a[i], v[i], left=False)
+        oracle.assert_as_exact_as(w[i], oracle.solve(a[i], v[i]), peer, k=8.0, floor=1e-6)
+
+
 @pytest.mark.parametrize("given", [(1e-14, 1.0), (1e-8, 1.0), (1e-8, 1e3)])
 def test_bounds_as_loose_as_you_like_cost_fp32_products_only(given: tuple[float, float]) -> None:
     """A chain for condition x roundoff over 1 would grow; `iteration.chain` plans none."""

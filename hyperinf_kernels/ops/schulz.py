@@ -211,7 +211,9 @@ def _refine(A: Tensor, V: Tensor, state: Iterate, goal: float, budget: int) -> T
 
     Updates `state`: its X, and the products and steps of each matrix.
     """
-    X = state.X.double()
+    # a thin step multiplies residuals by I - X A, which rounding leaves condition times farther from
+    # 0 than the I - A X of the chain; X^T has that one, transposed
+    X = state.X.double().mT.contiguous()
     norm = frobenius(V).clamp_min(torch.finfo(torch.float64).tiny)
     top = A.abs().sum(-1).amax(-1)
     W, best = V @ X, torch.full_like(norm, float("inf"))
