@@ -199,6 +199,18 @@ def test_fp64_solves_need_no_direct_result_either(kappa: float) -> None:
         oracle.assert_as_exact_as(w[i], oracle.solve(a[i], v[i]), peer, k=8.0, floor=1e-6)
 
 
+def test_a_system_at_rest_does_not_stop_the_others_of_its_batch() -> None:
+    """Some are as exact as fp64 gets while others still gain by every thin step."""
+    a = torch.stack([spd(kappa, 24, seed=i) for i, kappa in enumerate([1, 1.5, 30, 200, 900, 1e4])])
+    v = torch.randn(6, 2, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    w, info = hk.schulz_solve(a, v, precision="tf32", return_info=True)
+    assert info.lowered.tolist() == [True] * 5 + [False]
+    assert info.fallback is None
+    for i in range(6):
+        peer = torch.linalg.solve(a[i], v[i], left=False)
+        oracle.assert_as_exact_as(w[i], oracle.solve(a[i], v[i]), peer, k=4.0, floor=1e-14)
+
+
 @pytest.mark.parametrize("given", [(1e-14, 1.0), (1e-8, 1.0), (1e-8, 1e3)])
 def test_bounds_as_loose_as_you_like_cost_fp32_products_only(given: tuple[float, float]) -> None:
     """A chain for condition x roundoff over 1 would grow; `iteration.chain` plans none."""

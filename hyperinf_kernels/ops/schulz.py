@@ -211,32 +211,32 @@ def _refine(A: Tensor, V: Tensor, state: Iterate, goal: float, budget: int) -> T
 
     Updates `state`: its X, and the products and steps of each matrix.
     """
-    # a thin step multiplies residuals by I - X A, which rounding leaves condition times farther from
-    # 0 than the I - A X of the chain; X^T has that one, transposed
+    # a thin step multiplies residuals by I - X A, which rounding can leave condition times farther
+    # from 0 than the chain's I - A X; with X^T it is the transpose of that one
     X = state.X.double().mT.contiguous()
     norm = frobenius(V).clamp_min(torch.finfo(torch.float64).tiny)
     top = A.abs().sum(-1).amax(-1)
     W, best = V @ X, torch.full_like(norm, float("inf"))
+    active = torch.ones_like(norm, dtype=torch.bool)
     for _ in range(MAX_REFINEMENTS):
         E = V - W @ A
         residual = frobenius(E) / norm
-        slow = residual > best / 2
+        stalled = residual > best / 2
         best = torch.minimum(best, residual)
-        unfinished = residual > goal / 4
-        if not bool(unfinished.any()):
+        # above their floor thin steps stall only because X is too coarse
+        floor = 2 * EPS64 * (1 + top * frobenius(W) / norm)
+        coarse = stalled & (residual > floor) & (state.products + 2 <= budget)
+        active &= (residual > goal / 4) & (~stalled | coarse)
+        if not bool(active.any()):
             break
-        stalled = slow & unfinished
-        if bool(stalled.any()):
-            # above their floor thin steps stall only because X is too coarse
-            floor = 2 * EPS64 * (1 + top * frobenius(W) / norm)
-            coarse = stalled & (residual > floor)
-            if not bool(coarse.any()) or int(state.products.max()) + 2 > budget:
-                break
+        coarse &= active
+        if bool(coarse.any()):
             X[coarse] = 2 * X[coarse] - X[coarse] @ (A[coarse] @ X[coarse])
             state.products[coarse] += 2
             best[coarse] = float("inf")
-        W = W + E @ X
-        state.steps += unfinished.long()
+        # each goes on until it is at rest itself, whatever the rest of the batch does
+        W = torch.where(active[:, None, None], W + E @ X, W)
+        state.steps += active.long()
     return W
 
 
