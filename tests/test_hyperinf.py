@@ -362,6 +362,21 @@ def test_a_solution_that_is_a_multiple_of_the_query_is_called_collapsed(inverse:
         assert ("gradient dot" in str(certificate["summary"])) == collapsed
 
 
+@pytest.mark.parametrize("side", ["cols", "rows", "both"])
+def test_a_state_of_another_side_is_refused(side: Any) -> None:
+    train = grads(40, 1)
+    for other in ("cols", "rows", "both"):
+        for size in (3, 40):
+            state = fitted(hk.HyperINF(side=other), {k: g[:size] for k, g in train.items()}).state()
+            solver = hk.HyperINF(side=side)
+            if other == side:
+                solver.restore(*state)
+                assert solver.n == size
+            else:
+                with pytest.raises(hk.InputError, match=f"block wide: .* not of side='{side}'"):
+                    solver.restore(*state)
+
+
 # --- the plan ------------------------------------------------------------------------------------
 
 

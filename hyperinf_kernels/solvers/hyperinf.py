@@ -18,6 +18,7 @@ from .damping import DEFAULT_DAMPING, Damping
 from .flat import relative
 from .gfim import Gfim, Side
 from .inputs import Gradients
+from .options import at_least_one, not_negative, positive, positive_or_none
 from .planning import (
     ROUTES,
     SolvePlan,
@@ -90,11 +91,10 @@ class HyperINF(Solver):
         ):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-        if iterations < 1 or not start > 0 or extra_damping < 0:
-            raise ValueError(
-                "iterations must be at least 1, start positive and extra_damping not negative, "
-                f"got {iterations}, {start}, {extra_damping}"
-            )
+        at_least_one(iterations=iterations)
+        positive(start=start)
+        positive_or_none(tol=tol)
+        not_negative(extra_damping=extra_damping)
         if (side == "rows" and inverse == "dual") or (
             side == "both" and (mode == "paper" or inverse not in ("auto", "direct"))
         ):
@@ -328,9 +328,20 @@ class HyperINF(Solver):
         }
 
     def _take_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        for name in self.blocks:
+        for name, state in self.blocks.items():
             keys = {word: _key(self.side, word, name) for word in ("cols", "rows", "samples")}
-            self._gfim(name).take({w: tensors[key] for w, key in keys.items() if key in tensors})
+            found = {word: tensors[key] for word, key in keys.items() if key in tensors}
+            sizes = {"rows": state.shape[0], "cols": state.shape[1]}
+            fits = "samples" in found or all(
+                side in found and found[side].shape == (sizes[side], sizes[side])
+                for side in self._sides()
+            )
+            if state.n and (not fits or ("samples" in found and self.side != "cols")):
+                raise InputError(
+                    f"block {name}: the saved state is not of side={self.side!r}; "
+                    "restore it with the side that it was fitted with"
+                )
+            self._gfim(name).take(found)
 
 
 def _key(side: str, word: str, name: str) -> str:

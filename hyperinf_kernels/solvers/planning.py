@@ -10,6 +10,7 @@ from ..ops.costs import Rates
 from ..ops.schedule import chain_products
 from ..ops.solve import COARSE
 from .damping import Damping
+from .options import at_least_one
 
 ROUTES = ("direct", "schulz", "dual", "cg")
 THIN_STEPS = 8  # refinements behind a Schulz chain that stops at a residual of 0.1
@@ -201,9 +202,15 @@ def plan(
     shapes: Mapping[str, tuple[int, int]], n: int, queries: int, rates: Rates,
     works_of: Callable[[int, int], Mapping[str, Work]], route: str = "auto",
 ) -> SolvePlan:  # fmt: skip
-    """The given route of every block, or its cheapest, from the works of a shape (r, d)."""
+    """The given route of every block, or its cheapest, from the works of a shape (r, d).
+
+    Raises:
+        InputError: a size, n or queries that is not a whole number from 1.
+    """
+    at_least_one(n=n, queries=queries)
     blocks = []
     for name, (r, d) in shapes.items():
+        at_least_one(**{f"block {name}: r": r, f"block {name}: d": d})
         works = works_of(r, d)
         seconds = {route: work.seconds(rates) for route, work in works.items()}
         taken = chosen(works, rates, route)
