@@ -452,7 +452,7 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(os, "posix_fallocate", full)
     solver = hk.Exact(folder=tmp_path)
     solver.update({"b": torch.randn(5, 2, 3)})
-    with pytest.raises(hk.InputError, match="no room for 0 MiB in .*: No space left on device"):
+    with pytest.raises(hk.InputError, match="no room for 1 KiB in .*: No space left on device"):
         solver.fit().apply({"b": torch.randn(1, 2, 3)})
     assert list(tmp_path.iterdir()) == []
 

@@ -14,7 +14,7 @@ import torch
 
 import hyperinf_kernels as hk
 from hyperinf_kernels.ops import costs
-from hyperinf_kernels.solvers import planning, routes, summarise
+from hyperinf_kernels.solvers import hyperinf, planning, routes, summarise
 from tests import oracle
 
 K = 8.0
@@ -362,6 +362,21 @@ def test_a_solution_that_is_a_multiple_of_the_query_is_called_collapsed(inverse:
         assert ("gradient dot" in str(certificate["summary"])) == collapsed
 
 
+@pytest.mark.parametrize("side", ["cols", "rows", "both"])
+def test_a_state_of_another_side_is_refused(side: Any) -> None:
+    train = grads(40, 1)
+    for other in ("cols", "rows", "both"):
+        for size in (3, 40):
+            state = fitted(hk.HyperINF(side=other), {k: g[:size] for k, g in train.items()}).state()
+            solver = hk.HyperINF(side=side)
+            if other == side:
+                solver.restore(*state)
+                assert solver.n == size
+            else:
+                with pytest.raises(hk.InputError, match=f"block wide: .* not of side='{side}'"):
+                    solver.restore(*state)
+
+
 # --- the plan ------------------------------------------------------------------------------------
 
 
@@ -396,6 +411,50 @@ def test_what_runs_is_what_was_planned() -> None:
             assert block.route != "dual" or n * block.shape[0] < block.shape[1]
             assert solver._route(block.block, 2) == block.route
         solver.apply(query)
+
+
+@pytest.mark.parametrize(
+    ("inverse", "side"),
+    [("auto", "cols"), ("direct", "cols"), ("schulz", "cols"), ("dual", "cols"), ("cg", "cols"),
+     ("auto", "rows"), ("schulz", "rows"), ("cg", "rows"), ("auto", "both"), ("direct", "both")],
+)  # fmt: skip
+def test_the_plan_of_every_option_has_the_works_that_run(
+    inverse: Any, side: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the same bound of the condition they are equal to the last flop, whatever n r is."""
+    monkeypatch.setattr(hyperinf, "condition_bound", lambda *rule: 500.0)
+    monkeypatch.setattr(hk.HyperINF, "_condition_bound", lambda self, name: 500.0)
+    for n in (3, 40):
+        solver = fitted(hk.HyperINF(inverse=inverse, side=side), grads(n, 1))
+        seen, works_of = [], solver._works
+        monkeypatch.setattr(solver, "_works", lambda *a: seen.append(works_of(*a)) or seen[-1])
+        planned = [block.route for block in solver.plan(BLOCKS, n, 2).blocks]
+        assert [solver._route(name, 2) for name in BLOCKS] == planned
+        assert seen[: len(BLOCKS)] == seen[len(BLOCKS) :]
+        if inverse != "auto":
+            assert set(planned) == {inverse}
+
+
+def test_both_sides_are_planned_with_the_work_of_both() -> None:
+    n, r, d = 100, 1024, 1024
+    cols = hk.HyperINF(inverse="direct").plan({"a": (r, d)}, n, 2)
+    both = hk.HyperINF(side="both").plan({"a": (r, d)}, n, 2)
+    dots = 2 * 2 * n * r * d
+    # a square block has two equal sides, and one set of dot products behind them
+    assert both.flops - dots == 2 * (cols.flops - dots)
+    assert both.kept == 2 * cols.kept
+    wide = hk.HyperINF(side="both").plan({"a": (4, d)}, n, 2)
+    narrow = hk.HyperINF(inverse="direct").plan({"a": (4, d)}, n, 2)
+    assert 1 < wide.flops / narrow.flops < 1.05
+
+
+def test_without_damping_the_plan_is_direct_or_refused_like_the_run() -> None:
+    assert hk.HyperINF(0.0).plan({"a": (1, 128)}, 20, 1).blocks[0].route == "direct"
+    solver = fitted(hk.HyperINF(0.0, inverse="cg"), grads(400, 1))
+    with pytest.raises(hk.InputError, match="inverse: cg needs a positive damping"):
+        solver.plan(BLOCKS, 400, 2)
+    with pytest.raises(hk.InputError, match="block .*: cg needs a positive damping"):
+        solver.apply(grads(2, 2))
 
 
 def test_the_condition_bound_of_a_rule_holds_for_its_gradients() -> None:

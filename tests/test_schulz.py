@@ -16,6 +16,7 @@ import hyperinf_kernels as hk
 from hyperinf_kernels.ops import bounds, reference, rounding, schedule
 from tests import oracle, spectra
 
+EPS32 = float(np.finfo(np.float32).eps)
 PRODUCTS = {"aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm"}
 
 
@@ -150,6 +151,80 @@ def test_a_flat_top_is_bounded_by_the_probabilistic_margin() -> None:
     assert 1 <= tight <= 1.4 < float(bounds.upper_bound(A)) / 2
 
 
+def damped_low_rank(d: int, damping: float, seed: int) -> torch.Tensor:
+    """What a LoRA block's GFIM looks like: a third of the directions seen, the rest damped only."""
+    draw = np.random.default_rng(seed)
+    mu = np.zeros(d)
+    mu[: d // 3] = draw.standard_normal(d // 3) ** 2 * np.geomspace(1, 1e-2, d // 3)
+    return torch.from_numpy(oracle.spd(mu / mu.max() + damping, seed))
+
+
+@pytest.mark.parametrize("damping", [1e-3, 1e-5])
+def test_the_damping_is_seen_where_many_directions_have_nothing_else(damping: float) -> None:
+    A = torch.stack([damped_low_rank(150, damping, seed) for seed in range(3)])
+    found = oracle.f64(bounds.lower_estimate(A))
+    assert (found >= damping / 4).all()
+    assert (found <= damping).all()
+    # so bounds from Lanczos steps are worth nearly as much as the true ones
+    V = torch.randn(3, 2, 150, dtype=torch.float64)
+    given = hk.schulz_solve(A, V, bounds=(damping, 1 + damping), return_info=True)[1]
+    assert hk.schulz_solve(A, V, return_info=True)[1].products <= given.products + 2
+
+
+@pytest.mark.parametrize("kappa", [1e3, 1e4, 1e5, 1e6], ids="kappa={:g}".format)
+@pytest.mark.parametrize("kind", ["log-uniform", "75 % at the damping", "both ends", "low rank"])
+def test_fp32_needs_no_direct_result_without_bounds(kind: str, kappa: float) -> None:
+    for seed, d in enumerate((48, 120, 190)):
+        a = damped_low_rank(d, 1 / kappa, seed) if kind == "low rank" else spd(kappa, d, kind, seed)
+        v = torch.randn(1, d, generator=torch.Generator().manual_seed(seed))
+        _, info = hk.schulz_inverse(a.float(), return_info=True)
+        w, solved = hk.schulz_solve(a.float(), v, return_info=True)
+        assert info.fallback is solved.fallback is None
+        assert bool(info.converged)
+        truth = oracle.solve(a.float(), v)
+        assert np.linalg.norm(oracle.f64(w) - truth) <= 8 * EPS32 * np.linalg.norm(truth)
+
+
+@pytest.mark.parametrize("kappa", [3e10, 3e11])
+def test_fp64_solves_need_no_direct_result_either(kappa: float) -> None:
+    """One direction far above the rest, on which A X = I + small and X A = I + not small."""
+    mu = np.r_[1.0, np.full(15, 1 / kappa) * np.linspace(1, 2, 15)]
+    a = torch.from_numpy(np.stack([oracle.spd(mu, seed) for seed in range(6)]))
+    v = torch.randn(6, 2, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    w, info = hk.schulz_solve(a, v, return_info=True)
+    assert info.fallback is None
+    assert info.converged.all()
+    for i in range(6):
+        peer = torch.linalg.solve(a[i], v[i], left=False)
+        oracle.assert_as_exact_as(w[i], oracle.solve(a[i], v[i]), peer, k=8.0, floor=1e-6)
+
+
+def test_a_system_at_rest_does_not_stop_the_others_of_its_batch() -> None:
+    """Some are as exact as fp64 gets while others still gain by every thin step."""
+    a = torch.stack([spd(kappa, 24, seed=i) for i, kappa in enumerate([1, 1.5, 30, 200, 900, 1e4])])
+    v = torch.randn(6, 2, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    w, info = hk.schulz_solve(a, v, precision="tf32", return_info=True)
+    assert info.lowered.tolist() == [True] * 5 + [False]
+    assert info.fallback is None
+    for i in range(6):
+        peer = torch.linalg.solve(a[i], v[i], left=False)
+        oracle.assert_as_exact_as(w[i], oracle.solve(a[i], v[i]), peer, k=4.0, floor=1e-14)
+
+
+@pytest.mark.parametrize("given", [(1e-14, 1.0), (1e-8, 1.0), (1e-8, 1e3)])
+def test_bounds_as_loose_as_you_like_cost_fp32_products_only(given: tuple[float, float]) -> None:
+    """A chain for condition x roundoff over 1 would grow; `iteration.chain` plans none."""
+    a, v = spd(1e4, 96).float(), torch.randn(2, 96)
+    near = hk.schulz_inverse(a, bounds=(1e-4, 1.0), return_info=True)[1]
+    x, info = hk.schulz_inverse(a, bounds=given, return_info=True)
+    w, solved = hk.schulz_solve(a, v, bounds=given, return_info=True)
+    assert info.fallback is solved.fallback is None
+    assert near.products < info.products
+    oracle.assert_as_exact_as(x, oracle.inverse(a), torch.linalg.inv(a), k=4.0, floor=1e-6)
+    truth = oracle.solve(a, v)
+    assert np.linalg.norm(oracle.f64(w) - truth) <= 8 * EPS32 * np.linalg.norm(truth)
+
+
 # --- precision -----------------------------------------------------------------------------------
 
 
@@ -273,6 +348,41 @@ def test_fp64_scales_beyond_fp32_do_not_keep_a_start_from_running_there(power: i
     assert info.fallback is solved.fallback is None
     assert oracle.inverse_residual(a, x * scale) <= 1e-12
     assert oracle.solve_residual(a, v, w * scale) <= 1e-13
+
+
+@pytest.mark.parametrize(
+    ("of_a", "of_v"), [(1.0, 1e-170), (1.0, 1e200), (1e-200, 1e-200), (1e250, 1e100)]
+)
+def test_fp64_scales_whose_squares_leave_fp64_are_solved_and_judged(
+    of_a: float, of_v: float
+) -> None:
+    a, v = spd(1e3, 24) * of_a, torch.randn(3, 24, dtype=torch.float64) * of_v
+    w, info = hk.schulz_solve(a, v, return_info=True)
+    assert info.fallback is None
+    assert bool(info.converged)
+    true = oracle.solve_residual(oracle.f64(a) / of_a, oracle.f64(v) / of_v,
+                                 oracle.f64(w) / of_v * of_a)  # fmt: skip
+    assert true <= 1e-12
+    assert float(info.residual) == pytest.approx(true, rel=1)
+
+
+def test_a_solution_beyond_its_dtype_is_refused() -> None:
+    a, v = spd(10.0, 8), torch.randn(2, 8, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"solution of A overflows torch.float64; rescale A or V"):
+        hk.schulz_solve(a * 1e-200, v * 1e200)
+    stack = torch.stack([a, a * 1e-30]).float()
+    with pytest.raises(ValueError, match=r"solution of A\[1\] overflows torch.float32"):
+        hk.schulz_solve(stack, torch.stack([v, v * 1e20]).float())
+
+
+def test_a_direct_result_is_judged_by_its_own_floor() -> None:
+    """An upper bound of half the spectrum, so that the first result is far off or not finite."""
+    a = torch.from_numpy(oracle.spd(np.r_[1e-6, np.ones(19)], 0))
+    v = torch.randn(3, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    w, info = hk.schulz_solve(a, v, bounds=(1e-6, 0.5), return_info=True)
+    assert bool(info.replaced)
+    assert bool(info.converged)
+    assert oracle.solve_residual(a, v, w) <= 1e-9
 
 
 # --- it never lies and never diverges ------------------------------------------------------------

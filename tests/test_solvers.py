@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -732,6 +733,17 @@ def test_damping_must_be_positive_and_finite(method: str, make: Callable[[], Any
         pytest.param("hyperinf", {"mode": "paper", "start": 0.0}, "start", id="zero start"),
         pytest.param("lissa", {"iterations": 0}, "iterations", id="no LiSSA steps"),
         pytest.param("lissa", {"scale": -1.0}, "scale", id="negative LiSSA step"),
+        pytest.param("lissa", {"scale": math.nan}, "scale", id="a LiSSA step that is no number"),
+        pytest.param("lissa", {"tol": 0}, "tol", id="zero LiSSA tol"),
+        pytest.param("cg", {"tol": None}, "tol must be a number", id="no CG tol"),
+        pytest.param("cg", {"tol": -1.0}, "tol", id="negative CG tol"),
+        pytest.param("cg", {"iterations": 2.5}, "iterations", id="half a CG step"),
+        pytest.param("hyperinf", {"tol": math.nan}, "tol", id="tol that is no number"),
+        pytest.param("hyperinf", {"tol": 0}, "tol", id="zero tol"),
+        pytest.param("hyperinf", {"tol": -1}, "tol", id="negative tol"),
+        pytest.param("hyperinf", {"tol": math.inf}, "tol", id="endless tol"),
+        pytest.param("hyperinf", {"tol": "1e-3"}, "tol", id="tol in words"),
+        pytest.param("hyperinf", {"extra_damping": -1e-3}, "extra_damping", id="less damping"),
         pytest.param("datainf", {"iterations": 3}, "iterations", id="option of another method"),
     ],
 )
@@ -741,6 +753,42 @@ def test_bad_methods_and_options_are_refused_by_name(
     train, query = train_and_query()
     with pytest.raises((ValueError, TypeError), match=named):
         hk.influence(train, query, method=method, **options)
+
+
+@pytest.mark.parametrize("make", [hk.HyperINF, hk.DataInf, hk.Exact, hk.CG, hk.LiSSA])
+@pytest.mark.parametrize(
+    ("shape", "n", "queries", "message"),
+    [
+        ((2, 8), -5, 1, "n must be at least 1, got -5"),
+        ((2, 8), 0, 1, "n must be at least 1, got 0"),
+        ((2, 8), 9, 0, "queries must be at least 1, got 0"),
+        ((2, 8), 2.5, 1, "n must be a whole number, got 2.5"),
+        ((2, 0), 9, 1, "block b: d must be at least 1, got 0"),
+    ],
+)
+def test_a_plan_of_nothing_is_refused(
+    make: Any, shape: tuple[int, int], n: Any, queries: int, message: str
+) -> None:
+    with pytest.raises(hk.InputError, match=message):
+        make().plan({"b": shape}, n, queries)
+
+
+@pytest.mark.parametrize("make", [hk.Exact, hk.LiSSA, hk.EKFAC, hk.GramEngine])
+def test_a_folder_that_cannot_be_used_is_named(make: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path, why in (
+        (tmp_path / "file", "is there, but is no folder"),
+        (tmp_path / "file" / "below", "cannot be made: Not a directory"),
+        (Path("/proc/absent"), "cannot be made: No such file or directory"),
+    ):
+        with pytest.raises(hk.InputError, match=f"folder={path} {why}"):
+            make(folder=path)
+    gone = tmp_path / "gone"
+    solver = hk.Exact(folder=gone)
+    gone.rmdir()
+    solver.update(train_and_query()[0])
+    with pytest.raises(hk.InputError, match=f"no file can be made in {gone}: No such file"):
+        solver.fit().apply(train_and_query()[1])
 
 
 def test_unknown_method_lists_the_known_ones() -> None:

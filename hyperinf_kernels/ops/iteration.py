@@ -20,6 +20,7 @@ from .solve import COARSE, frobenius, inverse_residual
 RESTART = 4  # coupled steps drift; after so many R = I - A X is formed anew
 GROWN = 0.7  # spectral residual of a lowered start above which it has failed
 POWER_STEPS = 8
+HELD = 16  # roundoffs of the top below which a chain in this arithmetic aims at no eigenvalue
 
 
 @dataclass
@@ -51,7 +52,9 @@ def chain(
 
     A matrix whose condition allows it starts in `precision`, down to the residual that this
     precision can hold; where its residual has grown all the same, and everywhere else, the chain
-    runs in A's own dtype.
+    runs in A's own dtype. There a `lower` under 16 eps `upper` is raised to that: rounding moves
+    the eigenvalues of I - A X by about eps times the condition aimed at, and past 1 Chebyshev
+    polynomials grow. What lies below ends with a residual under 1, for later steps.
     """
     state = Iterate(
         X=torch.zeros_like(A),
@@ -75,7 +78,8 @@ def chain(
         state.lowered[low] = _spectral(R) < GROWN
     high = ~state.lowered
     if bool(high.any()):
-        start, steps = plan_steps(lower[high], upper[high], target)
+        least = HELD * torch.finfo(A.dtype).eps * upper
+        start, steps = plan_steps(torch.maximum(lower, least)[high], upper[high], target)
         steps = _within(steps, budget - int(state.products[high].max()))
         state.X[high], spent = call("schulz", (A[high],), *_as(start, steps, A.dtype))
         state.products[high] += spent

@@ -143,7 +143,8 @@ def schulz_solve(
         W (..., m, d) in fp32, or fp64 if any input is fp64; with `return_info`, (W, info).
 
     Raises:
-        ValueError, TypeError: as in `schulz_inverse`; also when V does not fit A or is not finite.
+        ValueError, TypeError: as in `schulz_inverse`; also when V does not fit A or is not finite,
+            or W leaves the range of its dtype.
     """
     A = checked_matrices(A, tol, precision, max_products)
     checks.floating(A=A, V=V)
@@ -165,29 +166,29 @@ def schulz_solve(
     start = scaled.float() if narrow else scaled
     state = chain(start, lower, upper, COARSE, max_products, precision)
     A64, V64 = scaled.double(), V.reshape(-1, *V.shape[-2:]).double()
+    # V / s too, lest the squares in its norm leave the range of fp64
+    size = _power_of_two(torch.where(V64.any((-2, -1)), V64.abs().amax((-2, -1)), 1.0))
+    V64 = V64 / size[:, None, None]
     W = _refine(A64, V64, state, tol or torch.finfo(dtype).eps, max_products)
 
-    norm = frobenius(V64).clamp_min(torch.finfo(torch.float64).tiny)
-    spread = scale[:, None, None]
-    out = (W / spread).to(dtype)
-    residual = frobenius(V64 - (out.double() * spread) @ A64) / norm
-    gain = A64.abs().sum(-1).amax(-1) * frobenius(W) / norm
-    floor = (8 * torch.finfo(dtype).eps * (1 + gain)).clamp_max(COARSE)
+    unit = (size / scale)[:, None, None]
+    out = (W * unit).to(dtype)
+    residual, floor = _judged(A64, V64, out.double() / unit, torch.finfo(dtype).eps)
     reached = residual <= (tol if tol is not None else floor)
     fallback = None
     if not bool(reached.all()):
         missed = ~reached
-        inverse = cholesky_inverse64(A, missed.reshape(lead)) * spread[missed]
+        inverse = cholesky_inverse64(A, missed.reshape(lead)) * scale[missed, None, None]
         direct = V64[missed] @ inverse
         direct = direct + (V64[missed] - direct @ A64[missed]) @ inverse
-        out[missed] = (direct / spread[missed]).to(dtype)
+        out[missed] = (direct * unit[missed]).to(dtype)
         fallback = (
             f"{int(missed.sum())} of {reached.numel()} systems missed {_asked(tol)} "
-            f"(residual {float(residual[missed].nan_to_num(torch.inf).max()):.2e}); "
-            "solved by Cholesky in fp64"
+            f"(residual {float(residual[missed].max()):.2e}); solved by Cholesky in fp64"
         )
-        residual = frobenius(V64 - (out.double() * spread) @ A64) / norm
+        residual, floor = _judged(A64, V64, out.double() / unit, torch.finfo(dtype).eps)
     out = out.reshape(V.shape)
+    refuse_overflow(out, "the solution of", "rescale A or V")
     if not return_info:
         return out
     info = _info(
@@ -197,35 +198,45 @@ def schulz_solve(
     return out, info
 
 
+def _judged(A: Tensor, V: Tensor, W: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """||V - W A||_F / ||V||_F per system, infinite where NaN, and what rounding W leaves of it."""
+    norm = frobenius(V).clamp_min(torch.finfo(torch.float64).tiny)
+    gain = A.abs().sum(-1).amax(-1) * frobenius(W) / norm
+    residual = (frobenius(V - W @ A) / norm).nan_to_num(torch.inf)
+    return residual, (8 * eps * (1 + gain)).nan_to_num(0.0).clamp_max(COARSE)
+
+
 def _refine(A: Tensor, V: Tensor, state: Iterate, goal: float, budget: int) -> Tensor:
     """W with W A = V in fp64 (B, m, d), by thin steps and, where those stall, one more dense one.
 
     Updates `state`: its X, and the products and steps of each matrix.
     """
-    X = state.X.double()
+    # a thin step multiplies residuals by I - X A, which rounding can leave condition times farther
+    # from 0 than the chain's I - A X; with X^T it is the transpose of that one
+    X = state.X.double().mT.contiguous()
     norm = frobenius(V).clamp_min(torch.finfo(torch.float64).tiny)
     top = A.abs().sum(-1).amax(-1)
     W, best = V @ X, torch.full_like(norm, float("inf"))
+    active = torch.ones_like(norm, dtype=torch.bool)
     for _ in range(MAX_REFINEMENTS):
         E = V - W @ A
         residual = frobenius(E) / norm
-        slow = residual > best / 2
+        stalled = residual > best / 2
         best = torch.minimum(best, residual)
-        unfinished = residual > goal / 4
-        if not bool(unfinished.any()):
+        # above their floor thin steps stall only because X is too coarse
+        floor = 2 * EPS64 * (1 + top * frobenius(W) / norm)
+        coarse = stalled & (residual > floor) & (state.products + 2 <= budget)
+        active &= (residual > goal / 4) & (~stalled | coarse)
+        if not bool(active.any()):
             break
-        stalled = slow & unfinished
-        if bool(stalled.any()):
-            # above their floor thin steps stall only because X is too coarse
-            floor = 2 * EPS64 * (1 + top * frobenius(W) / norm)
-            coarse = stalled & (residual > floor)
-            if not bool(coarse.any()) or int(state.products.max()) + 2 > budget:
-                break
+        coarse &= active
+        if bool(coarse.any()):
             X[coarse] = 2 * X[coarse] - X[coarse] @ (A[coarse] @ X[coarse])
             state.products[coarse] += 2
             best[coarse] = float("inf")
-        W = W + E @ X
-        state.steps += unfinished.long()
+        # each goes on until it is at rest itself, whatever the rest of the batch does
+        W = torch.where(active[:, None, None], W + E @ X, W)
+        state.steps += active.long()
     return W
 
 
@@ -234,15 +245,23 @@ def _scaled(A: Tensor, bounds: Bounds | None) -> tuple[Tensor, Tensor, Tensor, T
 
     Exact, and no intermediate can then leave the range of fp32.
     """
-    flat = A.reshape(-1, *A.shape[-2:])
-    A64 = flat.double()
+    A64 = A.reshape(-1, *A.shape[-2:]).double()
+    first = torch.ones(len(A64), dtype=torch.float64, device=A.device)
     if bounds is None:
+        # squares of A's own entries could leave the range of fp64
+        first = _power_of_two(A64.abs().amax((-2, -1)))
+        A64 = A64 / first[:, None, None]
         ritz = lanczos(A64)
         lower, upper = lower_estimate(A64, ritz), upper_bound(A64, ritz=ritz)
     else:
         lower, upper = (b.reshape(-1) for b in _given(A, bounds))
-    scale = torch.exp2(torch.floor(torch.log2(upper)))
-    return (A64 / scale[:, None, None]).to(A.dtype), scale, lower / scale, upper / scale
+    scale = _power_of_two(upper)
+    scaled = (A64 / scale[:, None, None]).to(A.dtype)
+    return scaled, first * scale, lower / scale, upper / scale
+
+
+def _power_of_two(x: Tensor) -> Tensor:
+    return torch.exp2(torch.floor(torch.log2(x)))
 
 
 def _given(A: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor]:

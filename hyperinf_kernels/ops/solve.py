@@ -113,12 +113,13 @@ def inverse_floor(A: Tensor, X: Tensor) -> Tensor:
     return (8 * torch.finfo(A.dtype).eps * condition).clamp_max(COARSE)
 
 
-def refuse_overflow(X: Tensor) -> None:
-    """Raise ValueError naming the first inverse that left the range of its dtype."""
+def refuse_overflow(X: Tensor, what: str = "the inverse of", remedy: str = "rescale A") -> None:
+    """Raise ValueError naming the first matrix whose result left the range of its dtype."""
     bad = ~torch.isfinite(X).flatten(-2).all(-1)
     if bool(bad.any()):
         index = ", ".join(map(str, torch.nonzero(bad)[0].tolist()))
-        raise ValueError(f"the inverse of A[{index}] overflows {X.dtype}; rescale A")
+        name = f"A[{index}]" if index else "A"
+        raise ValueError(f"{what} {name} overflows {X.dtype}; {remedy}")
 
 
 def zeros(A: Tensor) -> Tensor:

@@ -207,7 +207,7 @@ class Solver:
             device: whose rates to use, see `ops.costs`.
 
         Raises:
-            InputError: a method without a cost model.
+            InputError: a method without a cost model, or a size that is not at least 1.
         """
         raise InputError(f"{self.method} has no cost model, so no plan")
 

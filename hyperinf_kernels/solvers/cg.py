@@ -13,6 +13,7 @@ from .block_gram import BlockGram
 from .damping import DEFAULT_DAMPING, Damping
 from .flat import FINE_STEPS, FlatSolver
 from .gram import Span
+from .options import at_least_one, positive
 from .planning import cg_steps, condition_bound
 from .report import RESIDUAL_LIMIT, Outcome
 
@@ -55,8 +56,8 @@ class CG(FlatSolver):
         tol: float = 1e-6,
         folder: str | os.PathLike[str] | None = None,
     ) -> None:
-        if iterations < 1:
-            raise ValueError(f"iterations must be at least 1, got {iterations}")
+        at_least_one(iterations=iterations)
+        positive(tol=tol)
         self.iterations, self.tol = iterations, tol
         super().__init__(damping, folder=folder)
 

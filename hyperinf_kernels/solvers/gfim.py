@@ -72,6 +72,10 @@ class Gfim:
         """Whether all samples are there as rows."""
         return bool(self._rows) and not self._sums
 
+    def would_hold(self, n: int) -> bool:
+        """Whether n samples would be there as rows."""
+        return self.keep == "all" or (self.keep == "few" and n * self.r < self.d)
+
     @property
     def device(self) -> torch.device:
         return next(iter([*self._sums.values(), *self._rows])).device

@@ -17,11 +17,13 @@ from .damping import DEFAULT_DAMPING, Damping
 from .gfim import Gfim, Side
 from .gram import worst_ratio
 from .inputs import Gradients
+from .options import at_least_one, not_negative, positive, positive_or_none
 from .planning import (
     ROUTES,
     SolvePlan,
     Work,
-    cheapest,
+    both_work,
+    chosen,
     condition_bound,
     plan,
     route_work,
@@ -87,11 +89,10 @@ class HyperINF(Solver):
         ):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-        if iterations < 1 or not start > 0 or extra_damping < 0:
-            raise ValueError(
-                "iterations must be at least 1, start positive and extra_damping not negative, "
-                f"got {iterations}, {start}, {extra_damping}"
-            )
+        at_least_one(iterations=iterations)
+        positive(start=start)
+        positive_or_none(tol=tol)
+        not_negative(extra_damping=extra_damping)
         if (side == "rows" and inverse == "dual") or (
             side == "both" and (mode == "paper" or inverse not in ("auto", "direct"))
         ):
@@ -110,21 +111,34 @@ class HyperINF(Solver):
     def plan(
         self, shapes: Mapping[str, tuple[int, int]], n: int, queries: int, device: str = "cpu"
     ) -> SolvePlan:
-        # the damping rule alone bounds each condition, so that the choice made once the gradients
-        # are known can only be a cheaper one
+        """As `Solver.plan`; a relative damping makes it an upper bound of what will run.
+
+        Such a rule bounds each condition before the gradients are seen, so that a route chosen once
+        they are known can only be a cheaper one. For an absolute damping a condition of 1e4 is
+        assumed, and what runs can differ either way.
+        """
         if self.mode == "paper":
             raise InputError("mode='paper' has no cost model, so no plan")
+        damped = self.damping != Damping()
+        if not damped:
+            self._refuse_undamped("inverse")
 
         def works(r: int, d: int) -> dict[str, Work]:
-            thin, size = (d, r) if self.side == "rows" else (r, d)
-            held = self.side == "cols" and self.inverse in ("auto", "dual")
-            condition = condition_bound(self.damping, r, d, size)
-            return scored(
-                route_work(n, thin, size, queries, condition, held_rows=held), n, r, d, queries
-            )
+            size = r if self.side == "rows" else d
+            condition = condition_bound(self.damping, r, d, size) if damped else None
+            held = Gfim(r, d, self.side, self._kept_rows()).would_hold(n)
+            return scored(self._works((r, d), n, queries, condition, held), n, r, d, queries)
 
-        route = "direct" if self.side == "both" else self.inverse
-        return plan(shapes, n, queries, rates_of(device), works, route)
+        return plan(shapes, n, queries, rates_of(device), works, self.inverse)
+
+    def _works(
+        self, shape: tuple[int, int], n: int, queries: int, condition: float | None, held_rows: bool
+    ) -> dict[str, Work]:
+        """The routes of one block, for the plan and for the choice when it is solved."""
+        if self.side == "both":
+            return both_work(n, *shape, queries)
+        thin, size = shape[::-1] if self.side == "rows" else shape
+        return route_work(n, thin, size, queries, condition, held_rows=held_rows)
 
     def apply(self, queries: Gradients) -> dict[str, Tensor]:
         # blocks that are solved in one batch need each other's queries
@@ -174,11 +188,14 @@ class HyperINF(Solver):
 
     def _gfim(self, name: str, shape: tuple[int, int] | None = None) -> Gfim:
         if name not in self.gfims:
-            held: Literal["few", "all", "none"] = "none"
-            if self.mode == "converged" and self.inverse in ("auto", "dual"):
-                held = "few" if self.inverse == "auto" else "all"
-            self.gfims[name] = Gfim(*(shape or self.blocks[name].shape), self.side, held)
+            r, d = shape or self.blocks[name].shape
+            self.gfims[name] = Gfim(r, d, self.side, self._kept_rows())
         return self.gfims[name]
+
+    def _kept_rows(self) -> Literal["few", "all", "none"]:
+        if self.mode == "paper" or self.inverse not in ("auto", "dual"):
+            return "none"
+        return "few" if self.inverse == "auto" else "all"
 
     def _keep(self, name: str, batch: Tensor, copy: bool) -> None:
         self._gfim(name).add(batch, copy)
@@ -207,15 +224,14 @@ class HyperINF(Solver):
         return self._factors[name, side]
 
     def _route(self, name: str, queries: int) -> str:
-        gfim, state, lam = self._gfim(name), self.blocks[name], self.lambdas[name]
-        if self.inverse != "auto" and (self.inverse != "dual" or gfim.holds_rows):
-            return self.inverse
-        if lam <= 0:
-            return "direct"
-        r, d = state.shape if self.side == "cols" else state.shape[::-1]
-        condition = 1 + state.sum_square / state.n / lam
-        works = route_work(state.n, r, d, queries, condition, held_rows=gfim.holds_rows)
-        return cheapest(works, rates_of(gfim.device))
+        gfim, state, bound = self._gfim(name), self.blocks[name], self._condition_bound(name)
+        works = self._works(state.shape, state.n, queries, bound, gfim.holds_rows)
+        return chosen(works, rates_of(gfim.device), self.inverse)
+
+    def _refuse_undamped(self, where: str) -> None:
+        """Raise InputError if the route asked for needs a damping, which is zero."""
+        if self.inverse not in ("auto", "direct"):
+            raise InputError(f"{where}: {self.inverse} needs a positive damping, got 0")
 
     def _solve(self, name: str, V: Tensor) -> tuple[Tensor, Outcome]:
         if self.side == "both":
@@ -225,8 +241,8 @@ class HyperINF(Solver):
         thin = turned.reshape(-1, turned.shape[-1])
         V64, lam = thin.double(), self.lambdas[name]
         route = "paper" if self.mode == "paper" else self._route(name, len(V))
-        if route not in ("direct", "paper") and lam <= 0:
-            raise InputError(f"block {name}: {route} needs a positive damping, got {lam:g}")
+        if lam <= 0 and route != "paper":
+            self._refuse_undamped(f"block {name}")
         if route == "dual":
             rows = self._gfim(name).rows()
             solved = routes.dual(rows, self.n, lam, V64)
@@ -319,9 +335,20 @@ class HyperINF(Solver):
         }
 
     def _take_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        for name in self.blocks:
+        for name, state in self.blocks.items():
             keys = {word: _key(self.side, word, name) for word in ("cols", "rows", "samples")}
-            self._gfim(name).take({w: tensors[key] for w, key in keys.items() if key in tensors})
+            found = {word: tensors[key] for word, key in keys.items() if key in tensors}
+            sizes = {"rows": state.shape[0], "cols": state.shape[1]}
+            fits = "samples" in found or all(
+                side in found and found[side].shape == (sizes[side], sizes[side])
+                for side in self._sides()
+            )
+            if state.n and (not fits or ("samples" in found and self.side != "cols")):
+                raise InputError(
+                    f"block {name}: the saved state is not of side={self.side!r}; "
+                    "restore it with the side that it was fitted with"
+                )
+            self._gfim(name).take(found)
 
 
 def _key(side: str, word: str, name: str) -> str:

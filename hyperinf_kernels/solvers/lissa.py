@@ -14,6 +14,7 @@ from .block_gram import BlockGram
 from .damping import DEFAULT_DAMPING, Damping
 from .flat import FINE_STEPS, FlatSolver
 from .gram import Span, worst_ratio
+from .options import at_least_one, positive, positive_or_none
 from .planning import condition_bound
 from .report import Outcome
 
@@ -49,10 +50,9 @@ class LiSSA(FlatSolver):
         scale: float | None = None,
         folder: str | os.PathLike[str] | None = None,
     ) -> None:
-        if iterations < 1:
-            raise ValueError(f"iterations must be at least 1, got {iterations}")
-        if scale is not None and not scale > 0:
-            raise ValueError(f"scale must be positive, got {scale}")
+        at_least_one(iterations=iterations)
+        positive(tol=tol)
+        positive_or_none(scale=scale)
         self.iterations, self.tol, self.scale = iterations, tol, scale
         super().__init__(damping, folder=folder)
 

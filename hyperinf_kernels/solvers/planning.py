@@ -10,6 +10,7 @@ from ..ops.costs import Rates
 from ..ops.schedule import chain_products
 from ..ops.solve import COARSE
 from .damping import Damping
+from .options import at_least_one
 
 ROUTES = ("direct", "schulz", "dual", "cg")
 THIN_STEPS = 8  # refinements behind a Schulz chain that stops at a residual of 0.1
@@ -36,26 +37,30 @@ class Work:
 
 
 def route_work(
-    n: int, r: int, d: int, queries: int, condition: float, *, held_rows: bool = True
+    n: int, r: int, d: int, queries: int, condition: float | None, *, held_rows: bool
 ) -> dict[str, Work]:
     """Work per route for W = V (C + lambda I)^-1 with V of queries * r rows.
 
-    n samples of shape (r, d), or (d, r) seen from the other side. `dual` is listed where the n r
-    rows behind C are fewer than d and still `held_rows`.
+    Args:
+        n: samples of shape (r, d), or (d, r) seen from the other side.
+        condition: of C + lambda I. None: there is no damping, which leaves only `direct`.
+        held_rows: whether the n r rows behind C are kept, so that `dual` can run.
     """
     rows, thin = n * r, 2.0 * queries * r * d**2
     curvature = ("gfim", 2.0 * rows * d**2, d)
-    chain = chain_products(condition, COARSE) * 2.0 * d**3
-    steps = cg_steps(condition, d, CG_TOL)
     kept = 8.0 * d**2
     found = {
-        "direct": Work((curvature, ("factor_fp64", d**3 / 3, d), ("thin_fp64", 2 * thin, d)), kept),
-        "schulz": Work(
-            (curvature, ("gemm_fp32", chain, d), ("thin_fp64", THIN_STEPS * 2 * thin, d)), kept
-        ),
-        "cg": Work((curvature, ("thin_fp64", (steps + 1) * thin, d)), kept),
+        "direct": Work((curvature, ("factor_fp64", d**3 / 3, d), ("thin_fp64", 2 * thin, d)), kept)
     }
-    if held_rows and rows < d:
+    if condition is None:
+        return found
+    chain = chain_products(condition, COARSE) * 2.0 * d**3
+    found["schulz"] = Work(
+        (curvature, ("gemm_fp32", chain, d), ("thin_fp64", THIN_STEPS * 2 * thin, d)), kept
+    )
+    steps = cg_steps(condition, d, CG_TOL)
+    found["cg"] = Work((curvature, ("thin_fp64", (steps + 1) * thin, d)), kept)
+    if held_rows:
         apply = 2.0 * queries * r * rows * (2 * d + rows)
         found["dual"] = Work(
             (
@@ -66,6 +71,21 @@ def route_work(
             4.0 * rows * d,
         )
     return found
+
+
+def both_work(n: int, r: int, d: int, queries: int) -> dict[str, Work]:
+    """Work of the Kronecker product of both sides, an r x r and a d x d factor.
+
+    Of each query the r x r one solves d columns, the d x d one r rows, and both check the result.
+    """
+    parts: list[tuple[str, float, float]] = []
+    for size, other in ((r, d), (d, r)):
+        parts += [
+            ("gfim", 2.0 * n * other * size**2, size),
+            ("factor_fp64", size**3 / 3, size),
+            ("thin_fp64", 4.0 * queries * other * size**2, size),
+        ]
+    return {"direct": Work(tuple(parts), 8.0 * (r**2 + d**2))}
 
 
 def cg_steps(condition: float, size: int, tol: float) -> float:
@@ -102,15 +122,16 @@ def scored(works: Mapping[str, Work], n: int, r: int, d: int, queries: int) -> d
     return {route: Work((*work.parts, dots), work.kept) for route, work in works.items()}
 
 
-def cheapest(works: Mapping[str, Work], rates: Rates) -> str:
-    """The route of least predicted seconds."""
-    return min(works, key=lambda route: works[route].seconds(rates))
+def chosen(works: Mapping[str, Work], rates: Rates, wanted: str) -> str:
+    """The `wanted` route where there is one, else that of least predicted seconds."""
+    return wanted if wanted in works else min(works, key=lambda name: works[name].seconds(rates))
 
 
 def condition_bound(damping: Damping, r: int, d: int, size: int) -> float:
     """1 + trace / lambda from the rule alone: lambda is at least each of its relative parts.
 
-    An absolute damping says nothing before the gradients are seen; then 1e4 is assumed.
+    An absolute damping says nothing before the gradients are seen; then 1e4 is assumed, which may
+    be too much or too little.
     """
     share = damping.data_inf / (r * d) + damping.trace / size
     return 1 + 1 / share if share else 1e4
@@ -181,14 +202,20 @@ def plan(
     shapes: Mapping[str, tuple[int, int]], n: int, queries: int, rates: Rates,
     works_of: Callable[[int, int], Mapping[str, Work]], route: str = "auto",
 ) -> SolvePlan:  # fmt: skip
-    """The given route of every block, or its cheapest, from the works of a shape (r, d)."""
+    """The given route of every block, or its cheapest, from the works of a shape (r, d).
+
+    Raises:
+        InputError: a size, n or queries that is not a whole number from 1.
+    """
+    at_least_one(n=n, queries=queries)
     blocks = []
     for name, (r, d) in shapes.items():
+        at_least_one(**{f"block {name}: r": r, f"block {name}: d": d})
         works = works_of(r, d)
         seconds = {route: work.seconds(rates) for route, work in works.items()}
-        chosen = route if route in works else cheapest(works, rates)
-        work = works[chosen]
+        taken = chosen(works, rates, route)
+        work = works[taken]
         blocks.append(
-            BlockPlan(name, (r, d), chosen, seconds[chosen], work.flops, work.kept, seconds)
+            BlockPlan(name, (r, d), taken, seconds[taken], work.flops, work.kept, seconds)
         )
     return SolvePlan(n, queries, rates.source, tuple(blocks))

@@ -19,28 +19,39 @@ class Scratch:
 
     A file loses its name at once and its space with its tensor, so nothing stays behind however the
     process ends.
+
+    Raises:
+        InputError: the folder cannot be made.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise InputError(f"folder={self.folder} is there, but is no folder") from None
+        except OSError as error:
+            raise InputError(f"folder={self.folder} cannot be made: {error.strerror}") from None
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A tensor of zeros.
 
         Raises:
-            InputError: the folder has no room for it.
+            InputError: the folder has no room for it or cannot be written to.
         """
         numbers = math.prod(shape)
         if numbers == 0:
             return torch.empty(*shape, dtype=dtype)
-        handle, path = tempfile.mkstemp(prefix="hyperinf-", dir=self.folder)
+        try:
+            handle, path = tempfile.mkstemp(prefix="hyperinf-", dir=self.folder)
+        except OSError as error:
+            raise InputError(f"no file can be made in {self.folder}: {error.strerror}") from None
         try:
             # a write to a mapped hole on a full disk would kill the process
             os.posix_fallocate(handle, 0, numbers * dtype.itemsize)
             held = torch.from_file(path, shared=True, size=numbers, dtype=dtype)
         except OSError as error:
-            size = f"{numbers * dtype.itemsize / 2**20:,.0f} MiB"
+            size = f"{math.ceil(numbers * dtype.itemsize / 2**10):,} KiB"
             raise InputError(f"no room for {size} in {self.folder}: {error.strerror}") from None
         finally:
             os.close(handle)

@@ -66,6 +66,8 @@ EARLY = [
     (f"{SCORE} -m hyperinf:tol=small", ["tol must be a number, got 'small'"]),
     (f"{SCORE} -m lissa:iterations=2.5", ["iterations must be a whole number, got 2.5"]),
     (f"{SCORE} -m lissa:iterations=0", ["iterations must be at least 1, got 0"]),
+    ("plan --model {llama} --adapter {adapter} --train {train} --query {query} -m lissa:tol=0",
+     ["tol must be positive and finite, got 0"]),
     (f"{SCORE} -m exact -m exact", ["a method is asked for twice"]),
     (f"{SCORE} --damping much", ["damping 'much'", "abs:NUMBER"]),
     (f"{SCORE} --damping abs:-1", ["damping 'abs:-1'", "at least 0"]),
