@@ -241,7 +241,7 @@ class Solver:
             halves[name] = self._half(name, batch.to(accumulation_dtype(batch)))
             if not bool(torch.isfinite(halves[name]).all()):
                 raise InputError(
-                    f"block {name}: {self.method} gave NaN or inf in half() "
+                    f"block {name}: {self.method}'s half() gave NaN or inf "
                     "(check damping and the scale of the gradients)"
                 )
         return halves
