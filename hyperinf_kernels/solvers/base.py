@@ -235,7 +235,7 @@ class Solver:
         self.check_queries(grads)
         return {
             name: check_finite_result(
-                name, f"half() of {self.method}", self._half(name, g.to(accumulation_dtype(g)))
+                name, f"{self.method}'s half()", self._half(name, g.to(accumulation_dtype(g)))
             )
             for name, g in grads.items()
         }
