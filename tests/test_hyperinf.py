@@ -76,6 +76,20 @@ def test_every_route_ends_at_the_same_solution(inverse: Any, damping: float, n: 
         assert entry.residual >= whole / 4
 
 
+def test_fp64_gradients_keep_fp64_accuracy_by_conjugate_gradients() -> None:
+    train, query = ({k: g.double() for k, g in grads(n, n).items()} for n in (40, 2))
+    W = fitted(hk.HyperINF(inverse="cg"), train).apply(query)
+    wanted = fitted(hk.HyperINF(inverse="direct"), train).apply(query)
+    for name in W:
+        assert float((W[name] - wanted[name]).norm()) <= 1e-11 * float(wanted[name].norm())
+
+
+def test_steps_on_small_blocks_are_not_taken_for_free() -> None:
+    for r, d in ((2, 8), (8, 64), (16, 256)):
+        (block,) = hk.HyperINF().plan({"b": (r, d)}, n=2000, queries=1).blocks
+        assert block.route == "direct"
+
+
 def test_fp64_gradients_keep_fp64_accuracy_on_the_dual() -> None:
     train, query = ({k: g.double() for k, g in grads(n, n).items()} for n in (3, 2))
     solver = fitted(hk.HyperINF(hk.DataInfDamping(1e-4), inverse="dual"), train)

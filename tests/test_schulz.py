@@ -445,3 +445,9 @@ def test_reference_products_can_be_exchanged() -> None:
     with counting(32) as seen:
         _, products = reference.schulz(a, start, steps, product)
     assert len(calls) == products == seen.counted == 13
+
+
+def test_the_floor_of_large_entries_is_that_of_their_condition() -> None:
+    eye = torch.eye(32)
+    floor = inverse_floor(3e37 * (eye + 1), (eye - 1 / 33) / 3e37)
+    assert float(floor) < 1e-3

@@ -109,8 +109,13 @@ def cholesky_inverse64(A: Tensor, chosen: Tensor) -> Tensor:
 
 def inverse_floor(A: Tensor, X: Tensor) -> Tensor:
     """The residual that rounding leaves in an inverse of this condition number, per matrix."""
-    condition = A.abs().sum(-1).amax(-1).double() * X.abs().sum(-1).amax(-1).double()
+    # a sum of what fp32 holds may leave it
+    condition = _largest_row(A) * _largest_row(X)
     return (8 * torch.finfo(A.dtype).eps * condition).clamp_max(COARSE)
+
+
+def _largest_row(A: Tensor) -> Tensor:
+    return A.abs().sum(-1, dtype=torch.float64).amax(-1)
 
 
 def refuse_overflow(X: Tensor, what: str = "the inverse of", remedy: str = "rescale A") -> None:

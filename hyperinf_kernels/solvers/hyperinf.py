@@ -35,6 +35,7 @@ Mode = Literal["converged", "paper"]
 Inverse = Literal["auto", "direct", "schulz", "dual", "cg"]
 
 PAPER_LIMIT = 1e-2
+CG_TOL = {torch.float32: 1e-7, torch.float64: 1e-14}  # by what W is rounded to
 BATCH_NUMBERS = 1 << 23  # of all matrices of one batched Schulz call
 FACTOR_NUMBERS = 1 << 27  # of all Cholesky factors kept between calls
 
@@ -269,7 +270,8 @@ class HyperINF(Solver):
         if route == "direct":
             return A, routes.direct(self._factor(name, self.side, A), V)
         if route == "cg":
-            return A, routes.cg(lambda W: W @ A, V, min(1e-7, (self.tol or 1e-3) / 4))
+            tol = min(CG_TOL[dtype], (self.tol or 1e-3) / 4)
+            return A, routes.cg(lambda W: W @ A, V, tol)
         A = A.to(dtype)
         solved = routes.released(A, V.to(dtype), self.lambdas[name], self.start, self.iterations)
         return A.double(), solved

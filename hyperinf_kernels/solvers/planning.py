@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..ops.costs import Rates
 from ..ops.schedule import chain_products
@@ -15,6 +15,8 @@ from .options import at_least_one
 ROUTES = ("direct", "schulz", "dual", "cg")
 THIN_STEPS = 8  # refinements behind a Schulz chain that stops at a residual of 0.1
 CG_TOL = 1e-7
+CALL = 1e-5  # seconds of one small operation, which is what steps on small matrices consist of
+CG_CALLS, SCHULZ_CALLS, THIN_CALLS = 12, 4, 6  # of them per step
 GRAM_PAYS = 4  # DataInf: n^2 D for K against 4 m n D for two more products with P
 
 
@@ -22,18 +24,21 @@ GRAM_PAYS = 4  # DataInf: n^2 D for K against 4 m n D for two more products with
 class Work:
     """Flop of one route, by the operation whose rate they run at, with its matrix size.
 
-    `kept` counts the bytes that a solver holds of the block between its steps.
+    `kept` counts the bytes that a solver holds of the block between its steps, `calls` the
+    operations of its steps, each of which waits for the one before.
     """
 
     parts: tuple[tuple[str, float, float], ...]
     kept: float
+    calls: float = 0.0
 
     @property
     def flops(self) -> float:
         return sum(flop for _, flop, _ in self.parts)
 
     def seconds(self, rates: Rates) -> float:
-        return sum(rates.seconds(name, flop, size) for name, flop, size in self.parts)
+        busy = sum(rates.seconds(name, flop, size) for name, flop, size in self.parts)
+        return busy + CALL * self.calls
 
 
 def route_work(
@@ -54,12 +59,17 @@ def route_work(
     }
     if condition is None:
         return found
-    chain = chain_products(condition, COARSE) * 2.0 * d**3
+    products, steps = chain_products(condition, COARSE), cg_steps(condition, d, CG_TOL)
     found["schulz"] = Work(
-        (curvature, ("gemm_fp32", chain, d), ("thin_fp64", THIN_STEPS * 2 * thin, d)), kept
+        (
+            curvature,
+            ("gemm_fp32", products * 2.0 * d**3, d),
+            ("thin_fp64", THIN_STEPS * 2 * thin, d),
+        ),
+        kept,
+        SCHULZ_CALLS * products + THIN_CALLS * THIN_STEPS,
     )
-    steps = cg_steps(condition, d, CG_TOL)
-    found["cg"] = Work((curvature, ("thin_fp64", (steps + 1) * thin, d)), kept)
+    found["cg"] = Work((curvature, ("thin_fp64", (steps + 1) * thin, d)), kept, CG_CALLS * steps)
     if held_rows:
         apply = 2.0 * queries * r * rows * (2 * d + rows)
         found["dual"] = Work(
@@ -119,7 +129,7 @@ def flat_work(method: str, n: int, width: int, queries: int, steps: float = 0.0)
 def scored(works: Mapping[str, Work], n: int, r: int, d: int, queries: int) -> dict[str, Work]:
     """The same routes with the dot products of W and n training gradients behind them."""
     dots = ("gemm_fp32", 2.0 * queries * n * r * d, float(min(n, r * d)))
-    return {route: Work((*work.parts, dots), work.kept) for route, work in works.items()}
+    return {route: replace(work, parts=(*work.parts, dots)) for route, work in works.items()}
 
 
 def chosen(works: Mapping[str, Work], rates: Rates, wanted: str) -> str:
