@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hyperinf_kernels as hk
 from hyperinf_kernels.ops import bounds, reference, rounding, schedule
+from hyperinf_kernels.ops.solve import inverse_floor
 from tests import oracle, spectra
 
 EPS32 = float(np.finfo(np.float32).eps)
