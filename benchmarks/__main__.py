@@ -15,6 +15,7 @@ from . import job as job
 from . import native as native
 from . import native_inverses as native_inverses
 from . import native_per_sample as native_per_sample
+from . import out_of_core as out_of_core
 from . import plots, registry
 from . import pool as pool
 from . import roberta as roberta

@@ -14,12 +14,13 @@ def peak_memory(call: Callable[[], object]) -> int:
     # memory that was freed but kept would hide what the call takes
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
-    before = _status("VmRSS")
+    before = status("VmRSS")
     call()
-    return max(0, _status("VmHWM") - before)
+    return max(0, status("VmHWM") - before)
 
 
-def _status(name: str) -> int:
+def status(name: str) -> int:
+    """A size of this process as the system tells it, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024

@@ -49,7 +49,7 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The document and the tensors of a saved attributor.
 
     Raises:
-        InputError: as `read_document`, no or damaged tensors, or safetensors is missing.
+        InputError: as `read_document`, no tensors, or safetensors is missing.
     """
     safetensors = _safetensors()
     document = read_document(folder)

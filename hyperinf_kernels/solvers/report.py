@@ -16,7 +16,8 @@ class BlockReport:
 
     Attributes:
         block: its name; `shape` is (r, d) and `n` the number of training samples behind A.
-        method: the influence method; `backend` ran its dense work, in `precision`.
+        method: the influence method; `backend` ran its dense work, in `precision`: fp32, fp64, or
+            "fp32 and fp64" where some rows of a closed form were done again.
         damping: lambda, resolved for this block.
         condition_bound: rigorous upper bound of A's condition number, None where nothing is solved.
         products: dense products or factorisations spent; `iterations`: steps or refinements.
