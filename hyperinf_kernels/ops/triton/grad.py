@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .configs import choose
 from .launch import arch_of, on_device, precision_here, products_of, slice_samples
-from .tile import dot
+from .tile import gradient_tile
 
 
 @triton.jit
@@ -29,17 +29,10 @@ def _grad_kernel(
     b = (pid // (row_blocks * column_blocks)).to(tl.int64)
     o = (pid // column_blocks) % row_blocks * ROWS + tl.arange(0, ROWS)
     i = (pid % column_blocks) * COLUMNS + tl.arange(0, COLUMNS)
-    t = tl.arange(0, TOKENS)
-    g = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    for start in range(0, tokens, TOKENS):
-        tt = start + t
-        seen = tt < tokens
-        tt = tt.to(tl.int64)
-        delta = tl.load(DELTA + b * stride_db + tt[None, :] * stride_dt + o[:, None],
-                        mask=seen[None, :] & (o < rows)[:, None], other=0.0)  # fmt: skip
-        act = tl.load(ACT + b * stride_ab + tt[:, None] * stride_at + i[None, :],
-                      mask=seen[:, None] & (i < columns)[None, :], other=0.0)  # fmt: skip
-        g = dot(delta, act, g, PRECISION)
+    g = gradient_tile(
+        DELTA + b * stride_db, ACT + b * stride_ab, tokens, stride_dt, stride_at, o, i, rows,
+        columns, ROWS, COLUMNS, TOKENS, PRECISION,
+    )  # fmt: skip
     at = OUT + b * stride_ob + o[:, None].to(tl.int64) * stride_oo + i[None, :]
     tl.store(at, g, mask=(o < rows)[:, None] & (i < columns)[None, :])
 

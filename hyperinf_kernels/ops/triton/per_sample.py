@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .configs import choose
 from .launch import FUSED_QUERIES, MULTIPROCESSORS, arch_of, on_device, precision_here, products_of
-from .tile import dot
+from .tile import dot, gradient_tile
 
 
 @triton.jit
@@ -33,7 +33,6 @@ def _per_sample_kernel(
     row_block = part % row_blocks
     split = part // row_blocks
     o = row_block * ROWS + tl.arange(0, ROWS)
-    t = tl.arange(0, TOKENS)
     # row w of the query tile is row w % ROWS of query w // ROWS
     w = tl.arange(0, QUERIES * ROWS)
     q = w // ROWS
@@ -44,16 +43,10 @@ def _per_sample_kernel(
     end = tl.minimum(columns, (split + 1) * per_split)
     for first in range(split * per_split, end, COLUMNS):
         i = first + tl.arange(0, COLUMNS)
-        g = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-        for start in range(0, tokens, TOKENS):
-            tt = start + t
-            seen = tt < tokens
-            tt = tt.to(tl.int64)
-            delta = tl.load(DELTA + b * stride_db + tt[None, :] * stride_dt + o[:, None],
-                            mask=seen[None, :] & (o < rows)[:, None], other=0.0)  # fmt: skip
-            act = tl.load(ACT + b * stride_ab + tt[:, None] * stride_at + i[None, :],
-                          mask=seen[:, None] & (i < end)[None, :], other=0.0)  # fmt: skip
-            g = dot(delta, act, g, PRECISION)
+        g = gradient_tile(
+            DELTA + b * stride_db, ACT + b * stride_ab, tokens, stride_dt, stride_at, o, i, rows,
+            end, ROWS, COLUMNS, TOKENS, PRECISION,
+        )  # fmt: skip
         squares += g * g
         if queries > 0:
             query = tl.load(w_at[:, None] + i[None, :],
