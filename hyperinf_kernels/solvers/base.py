@@ -16,7 +16,7 @@ from .damping import DEFAULT_DAMPING, Damping, as_damping
 from .inputs import Gradients, check_finite_result, check_shapes, sum_square
 from .merging import check_mergeable
 from .planning import SolvePlan
-from .report import BlockReport, Outcome, angle, worse
+from .report import CHECKS, BlockReport, Check, Outcome, angle, worse
 from .rows import NOTHING, GradientRows, squares
 
 SOLVED = 4  # gradients of a call of self_influence by `half` that are solved and judged
@@ -44,6 +44,7 @@ class Solver:
 
     Args:
         damping: a `Damping`, or a number for `AbsoluteDamping`.
+        check: what the certificate may cost: "off", "bound" or "full", see `report.Check`.
     """
 
     method: ClassVar[str]
@@ -51,8 +52,12 @@ class Solver:
     needs_damping: ClassVar[bool] = True
     second_pass: bool = False  # whether fit needs every training gradient once more, by `revisit`
 
-    def __init__(self, damping: Damping | float = DEFAULT_DAMPING) -> None:
-        self.damping = as_damping(damping)
+    def __init__(
+        self, damping: Damping | float = DEFAULT_DAMPING, *, check: Check = "bound"
+    ) -> None:
+        if check not in CHECKS:
+            raise ValueError(f"check must be one of {', '.join(CHECKS)}, got {check!r}")
+        self.damping, self.check = as_damping(damping), check
         self.reset()
 
     def reset(self) -> None:

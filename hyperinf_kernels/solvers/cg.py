@@ -15,7 +15,7 @@ from .flat import FINE_STEPS, FlatSolver
 from .gram import Span
 from .options import at_least_one, positive
 from .planning import cg_steps, condition_bound
-from .report import RESIDUAL_LIMIT, Outcome
+from .report import RESIDUAL_LIMIT, Check, Outcome
 
 
 @dataclass
@@ -41,7 +41,7 @@ class CG(FlatSolver):
         iterations: steps at most.
         tol: stop a row once its ||v - w A|| / ||v|| is below. The report judges the rounded W, so
             there a residual of 1e-3 counts as converged.
-        folder: as for every solver that keeps rows.
+        folder, check: as for every solver that keeps rows.
     """
 
     method = "cg"
@@ -55,11 +55,12 @@ class CG(FlatSolver):
         iterations: int = 200,
         tol: float = 1e-6,
         folder: str | os.PathLike[str] | None = None,
+        check: Check = "bound",
     ) -> None:
         at_least_one(iterations=iterations)
         positive(tol=tol)
         self.iterations, self.tol = iterations, tol
-        super().__init__(damping, folder=folder)
+        super().__init__(damping, folder=folder, check=check)
 
     def _primal_solve(self, name: str, V: Tensor) -> tuple[Tensor, int]:
         lam, H = self.lambdas[name], self.moment(name)

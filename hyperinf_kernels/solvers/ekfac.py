@@ -16,6 +16,7 @@ from ..ops.checks import accumulation_dtype
 from .damping import DEFAULT_DAMPING, Damping
 from .inputs import Gradients, check_shapes, sum_square
 from .kfac import KFAC, Basis, Tokens
+from .report import Check
 from .rows import GradientRows
 from .scratch import Scratch
 
@@ -35,6 +36,7 @@ class EKFAC(KFAC):
             of them. True: keep only the factors, and be shown the gradients a second time by
             `revisit` after the last `update` (`Attributor` and `influence` do it by themselves).
         folder: keep the gradients in mapped files under this folder instead of memory.
+        check: as for every solver.
     """
 
     method = "ekfac"
@@ -45,10 +47,11 @@ class EKFAC(KFAC):
         *,
         two_pass: bool = False,
         folder: str | os.PathLike[str] | None = None,
+        check: Check = "bound",
     ) -> None:
         self.second_pass = two_pass
         self.folder = None if folder is None else Path(folder)
-        super().__init__(damping)
+        super().__init__(damping, check=check)
 
     def reset(self) -> None:
         super().reset()

@@ -22,7 +22,7 @@ from .grad_dot import GradDot
 from .gram import Seen
 from .inputs import Gradients, check_finite_result
 from .lissa import LiSSA
-from .report import BlockReport
+from .report import BlockReport, Check
 
 FLAT: dict[str, type[FlatSolver]] = {cls.method: cls for cls in (DataInf, Exact, CG, LiSSA)}
 # measured at n = 900: one fp64 eigendecomposition takes as long as this many Cholesky factors
@@ -49,11 +49,13 @@ class GramEngine:
     the rows plus a few n x n matrices, or neither with `folder`.
 
     Args:
-        folder: as for the solvers of these methods.
+        folder, check: as for the solvers of these methods; a solver object has its own `check`.
     """
 
-    def __init__(self, *, folder: str | os.PathLike[str] | None = None) -> None:
-        self._store = Exact(folder=folder)
+    def __init__(
+        self, *, folder: str | os.PathLike[str] | None = None, check: Check = "bound"
+    ) -> None:
+        self._store = Exact(folder=folder, check=check)
 
     @property
     def n(self) -> int:
@@ -130,7 +132,11 @@ class GramEngine:
         if method == "grad_dot" or isinstance(method, GradDot):
             yield None
             return
-        template = FLAT[method]() if isinstance(method, str) and method in FLAT else method
+        template = (
+            FLAT[method](check=self._store.check)
+            if isinstance(method, str) and method in FLAT
+            else method
+        )
         if not isinstance(template, FlatSolver):
             name = method.method if isinstance(method, Solver) else repr(method)
             raise ValueError(f"{name} has no Gram form, only {', '.join(('grad_dot', *FLAT))} have")

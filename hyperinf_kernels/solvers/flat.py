@@ -19,7 +19,7 @@ from .damping import DEFAULT_DAMPING, Damping
 from .gram import Seen, Sketch, Span, worst_ratio
 from .inputs import Gradients, check_finite_result
 from .planning import SolvePlan, flat_work, plan
-from .report import RESIDUAL_LIMIT, Outcome, angle, precision_of
+from .report import RESIDUAL_LIMIT, Check, Outcome, angle, precision_of
 from .rows import GradientRows
 from .scratch import Scratch
 
@@ -42,6 +42,7 @@ class FlatSolver(Solver):
         folder: keep the rows in mapped files under this folder instead of memory, and a Gram
             matrix of over 1 GiB with its factor too. The files have no names, so they are gone with
             the solver or its process. None: in memory.
+        check: as for every solver.
     """
 
     fine_gram: ClassVar[float] = FINE_GRAM  # fp32 rounding over damping from which K is fp64
@@ -51,9 +52,10 @@ class FlatSolver(Solver):
         damping: Damping | float = DEFAULT_DAMPING,
         *,
         folder: str | os.PathLike[str] | None = None,
+        check: Check = "bound",
     ) -> None:
         self.folder = None if folder is None else Path(folder)
-        super().__init__(damping)
+        super().__init__(damping, check=check)
 
     def reset(self) -> None:
         super().reset()

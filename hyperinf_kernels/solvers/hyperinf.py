@@ -29,7 +29,7 @@ from .planning import (
     route_work,
     scored,
 )
-from .report import RESIDUAL_LIMIT, Outcome, with_rounding
+from .report import RESIDUAL_LIMIT, Check, Outcome, with_rounding
 
 Mode = Literal["converged", "paper"]
 Inverse = Literal["auto", "direct", "schulz", "dual", "cg"]
@@ -66,6 +66,7 @@ class HyperINF(Solver):
             always direct.
         tol: converged mode only; residual to reach, None: as exact as fp32 allows.
         iterations, start, extra_damping: paper mode only.
+        check: as for every solver.
     """
 
     method = "hyperinf"
@@ -82,6 +83,7 @@ class HyperINF(Solver):
         iterations: int = 30,
         start: float = 5e-5,
         extra_damping: float = 1e-3,
+        check: Check = "bound",
     ) -> None:
         for name, value, known in (
             ("side", side, ("cols", "rows", "both")),
@@ -100,7 +102,7 @@ class HyperINF(Solver):
             raise ValueError(f"side={side!r} has no mode={mode!r} with inverse={inverse!r}")
         self.side, self.mode, self.inverse, self.tol = side, mode, inverse, tol
         self.iterations, self.start, self.extra_damping = iterations, start, extra_damping
-        super().__init__(damping)
+        super().__init__(damping, check=check)
 
     def reset(self) -> None:
         super().reset()

@@ -16,7 +16,7 @@ from .flat import FINE_STEPS, FlatSolver
 from .gram import Span, worst_ratio
 from .options import at_least_one, positive, positive_or_none
 from .planning import condition_bound
-from .report import Outcome
+from .report import Check, Outcome
 
 CHECK_EVERY = 10
 
@@ -34,7 +34,7 @@ class LiSSA(FlatSolver):
         iterations: steps at most.
         tol: stop once ||V - W A||_F / ||V||_F is below; a larger residual is not converged.
         scale: the step s; None: the safe one above.
-        folder: as for every solver that keeps rows.
+        folder, check: as for every solver that keeps rows.
     """
 
     method = "lissa"
@@ -49,12 +49,13 @@ class LiSSA(FlatSolver):
         tol: float = 1e-3,
         scale: float | None = None,
         folder: str | os.PathLike[str] | None = None,
+        check: Check = "bound",
     ) -> None:
         at_least_one(iterations=iterations)
         positive(tol=tol)
         positive_or_none(scale=scale)
         self.iterations, self.tol, self.scale = iterations, tol, scale
-        super().__init__(damping, folder=folder)
+        super().__init__(damping, folder=folder, check=check)
 
     def _steps_at_most(self, r: int, d: int, n: int) -> float:
         condition = condition_bound(self.damping, r, d, r * d)

@@ -5,9 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+Check = Literal["off", "bound", "full"]
+"""How much a solver spends on its certificate: nothing and claims nothing; what the method knows by
+itself, with a few probes where that is not enough; or a residual of everything against fp64."""
+CHECKS: tuple[Check, ...] = ("off", "bound", "full")
+
+COLLAPSE_DEGREES = 5.0
+RESIDUAL_LIMIT = 1e-3  # what counts as solved where no tolerance is asked for
+
+Known = Literal["bound", "estimate", "measured"]
+"""How a figure is known: a rigorous bound, an estimate from random probes, or measured in fp64."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +38,16 @@ class BlockReport:
             against its fp64 evaluation. For scores S = -W P^T from Gram space, where no W exists:
             of DataInf and the exact method the relative error of S, of CG and LiSSA
             ||(V - W A) P^T|| / ||V P^T||, which says less about S the larger the condition is.
-        converged: the residual is within the tolerance asked for, 1e-3 where none was.
+        converged: the figure that a person reads is within `tolerance`: `score_error` where scores
+            were formed, else `residual`. None with `check="off"`, which claims nothing.
         fallback: None, or why another route than the planned one gave the result.
         collapse_angle: degrees between V and W, in Gram space between the scores and those of
             gradient dot; near 0 the method has become gradient dot.
+        residual_by: how `residual` is known: "bound", "estimate" or "measured".
+        score_error: relative error of the worst query's scores against the method's formula in
+            exact arithmetic; None where no scores were formed or nothing is known of them.
+        score_error_by: how `score_error` is known, as `residual_by`.
+        tolerance: what `converged` was judged by.
     """
 
     block: str
@@ -43,19 +61,28 @@ class BlockReport:
     products: int
     iterations: int
     residual: float | None
-    converged: bool
+    converged: bool | None
     fallback: str | None
     collapse_angle: float | None
+    residual_by: Known | None = None
+    score_error: float | None = None
+    score_error_by: Known | None = None
+    tolerance: float = RESIDUAL_LIMIT
 
 
 def worse(one: BlockReport, other: BlockReport) -> BlockReport:
-    """Two entries of one block as one: the larger residual, both efforts, any failure."""
+    """Two entries of one block as one: the larger figures, both efforts, any failure."""
     worst = other if (other.residual or 0) >= (one.residual or 0) else one
+    off = other if (other.score_error or 0) >= (one.score_error or 0) else one
+    claims = (one.converged, other.converged)
     return replace(
         worst,
+        score_error=off.score_error,
+        score_error_by=off.score_error_by,
+        tolerance=max(one.tolerance, other.tolerance),
         products=one.products + other.products,
         iterations=max(one.iterations, other.iterations),
-        converged=one.converged and other.converged,
+        converged=False if False in claims else None if None in claims else True,
         fallback=one.fallback or other.fallback,
     )
 
@@ -70,8 +97,12 @@ class Outcome:
     products: int = 0
     iterations: int = 0
     residual: float | None = None
-    converged: bool = True
+    converged: bool | None = True
     fallback: str | None = None
+    residual_by: Known | None = None
+    score_error: float | None = None
+    score_error_by: Known | None = None
+    tolerance: float = RESIDUAL_LIMIT
 
 
 def with_rounding(outcome: Outcome, before: float, limit: float, dtype: torch.dtype) -> Outcome:
@@ -98,14 +129,12 @@ def angle(V: Tensor, W: Tensor) -> float | None:
     return math.degrees(math.acos(min(1.0, max(-1.0, cosine))))
 
 
-COLLAPSE_DEGREES = 5.0
-RESIDUAL_LIMIT = 1e-3  # what counts as solved where no tolerance is asked for
-
-
 def summarise(reports: Sequence[BlockReport]) -> dict[str, object]:
     """One certificate over all blocks: `certified`, `worst_residual`, `summary` in words."""
     residuals = [r.residual for r in reports if r.residual is not None]
-    missed = [r for r in reports if not r.converged]
+    errors = [r.score_error for r in reports if r.score_error is not None]
+    missed = [r for r in reports if r.converged is False]
+    unchecked = [r for r in reports if r.converged is None]
     fallbacks = [r for r in reports if r.fallback]
     collapsed = [
         r for r in reports
@@ -113,8 +142,15 @@ def summarise(reports: Sequence[BlockReport]) -> dict[str, object]:
         and r.collapse_angle is not None
         and r.collapse_angle < COLLAPSE_DEGREES
     ]  # fmt: skip
-    worst = max(residuals, default=None)
-    parts = [f"{len(reports) - len(missed)} of {len(reports)} blocks solved to tolerance"]
+    worst, worst_error = max(residuals, default=None), max(errors, default=None)
+    parts = [
+        f"{len(reports) - len(missed) - len(unchecked)} of {len(reports)} blocks solved to "
+        "tolerance"
+    ]
+    if unchecked:
+        parts.append(f"{len(unchecked)} not checked (check='off')")
+    if worst_error is not None:
+        parts.append(f"every query's scores are within {worst_error:.1e} of the formula's")
     if worst is not None:
         parts.append(f"largest relative residual {worst:.1e}")
     if missed:
@@ -130,8 +166,9 @@ def summarise(reports: Sequence[BlockReport]) -> dict[str, object]:
     if solves_nothing:
         parts, worst = ["plain dot products: nothing is solved, so nothing to certify"], None
     return {
-        "certified": None if solves_nothing else not missed,
+        "certified": None if solves_nothing or (unchecked and not missed) else not missed,
         "worst_residual": worst,
+        "worst_score_error": worst_error,
         "collapsed_blocks": len(collapsed),
         "summary": "; ".join(parts),
     }
