@@ -8,6 +8,7 @@ import torch
 
 from . import convergence as convergence  # registers itself
 from . import datainf as datainf
+from . import doors as doors
 from . import exact as exact
 from . import gpu as gpu
 from . import hooks as hooks
