@@ -158,8 +158,8 @@ class GradientCache:
 def cached_chunks(
     rows: Mapping[str, GradientRows], shapes: Mapping[str, tuple[int, int]]
 ) -> Iterator[tuple[slice, Gradients]]:
-    """Walk the rows of all blocks together."""
-    streams = {name: block.chunks() for name, block in rows.items()}
+    """Walk the gradients of all blocks together, as they were given."""
+    streams = {name: block.given() for name, block in rows.items()}
     for parts in zip(*streams.values(), strict=True):
         grads = {
             name: chunk.unflatten(1, shapes[name])

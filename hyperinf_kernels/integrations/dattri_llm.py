@@ -174,7 +174,7 @@ def fisher_factors(
         raise InputError("the solver is not fitted: call update() and fit() first")
     factors = {}
     for name, state in solver.blocks.items():
-        A, other = solver.curvature(name).float(), torch.eye(state.shape[0])
+        A, other = (solver.curvature(name) / state.unit).float(), torch.eye(state.shape[0])
         pair = (other, A) if LORA_B.search(name) else (A, other)
         factors[name] = (pair[0].to(device), pair[1].to(device))
     return factors

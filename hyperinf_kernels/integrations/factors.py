@@ -50,7 +50,7 @@ def eigen_factors(solver: HyperINF) -> dict[str, EigenFactors]:
     found = {}
     for name, state in solver.blocks.items():
         E, Q = torch.linalg.eigh(solver.curvature(name).cpu())
-        E = E.clamp_min(solver.lambdas[name])
+        E = E.clamp_min(solver.lambdas[name]) / state.unit
         if solver.mode == "paper":
             x = solver.start * E
             if float(x.max()) >= 2:

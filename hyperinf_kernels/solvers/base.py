@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -13,22 +14,36 @@ from torch import Tensor
 from ..errors import InputError
 from ..ops.checks import accumulation_dtype
 from .damping import DEFAULT_DAMPING, Damping, as_damping
-from .inputs import Gradients, check_finite_result, check_shapes, sum_square
+from .inputs import Gradients, check_shapes, not_finite, row_squares
 from .merging import check_mergeable
 from .planning import SolvePlan
-from .report import CHECKS, BlockReport, Check, Outcome, angle, worse
-from .rows import NOTHING, GradientRows, squares
+from .report import CHECKS, BlockReport, Check, Outcome, angle, precision_of, worse
+from .rows import GradientRows, squares
+from .scaling import SAFE, Scaled, check_range, deliver, exponent_for, hidden, scaled_rows
 
 SOLVED = 4  # gradients of a call of self_influence by `half` that are solved and judged
 
 
 @dataclass
 class BlockState:
-    """Running statistics of one block's training gradients, (n, r, d)."""
+    """Running statistics of one block's training gradients, (n, r, d).
+
+    What is kept of the block is that of its gradients x 2^exponent (see `scaling`), `sum_square`
+    and the solver's lambda too; `top` is the largest squared norm of a gradient as given. `hidden`:
+    some are zeros only because the processor flushes small numbers.
+    """
 
     shape: tuple[int, int]
     sum_square: float = 0.0
     n: int = 0
+    top: float = 0.0
+    exponent: int = 0
+    hidden: bool = False
+
+    @property
+    def unit(self) -> float:
+        """What a square of the given gradients counts here."""
+        return 4.0**self.exponent
 
     @property
     def mean_square(self) -> float:
@@ -50,6 +65,7 @@ class Solver:
     method: ClassVar[str]
     option_names: ClassVar[tuple[str, ...]] = ()
     needs_damping: ClassVar[bool] = True
+    scale_free: bool = True  # whether a block's scale cancels, so that it may be worked on in range
     second_pass: bool = False  # whether fit needs every training gradient once more, by `revisit`
 
     def __init__(
@@ -63,7 +79,7 @@ class Solver:
     def reset(self) -> None:
         """Forget all gradients and reports; keep the options."""
         self.blocks: dict[str, BlockState] = {}
-        self.lambdas: dict[str, float] = {}
+        self.lambdas: dict[str, float] = {}  # in the units of the block; reports have the true ones
         self._reports: dict[str, BlockReport] = {}
 
     def options(self) -> dict[str, Any]:
@@ -89,17 +105,37 @@ class Solver:
         """
         check_shapes(grads, {name: s.shape for name, s in self.blocks.items()}, "train")
         # all blocks are checked before any of them is taken in
-        sums = {name: sum_square(name, batch, "train", self.n) for name, batch in grads.items()}
+        sizes = {name: row_squares(name, batch, "train", self.n) for name, batch in grads.items()}
         self.lambdas = {}
         with self._all_or_nothing():
             for name, batch in grads.items():
                 r, d = int(batch.shape[1]), int(batch.shape[2])
-                self.blocks.setdefault(name, BlockState((r, d)))
+                state = self.blocks.setdefault(name, BlockState((r, d)))
                 if len(batch):
-                    self._keep(name, batch, copy)
-        for name, batch in grads.items():
-            self.blocks[name].n += len(batch)
-            self.blocks[name].sum_square += sums[name]
+                    total, top = torch.stack([sizes[name].sum(), sizes[name].max()]).tolist()
+                    self._enter(name, state, max(top, state.top))
+                    scaled = self.scaled(name, batch)
+                    # zeros are rare, and where numbers are scaled up a few may be lost
+                    if total == 0 or state.exponent > 0:
+                        state.hidden |= bool(hidden(batch, scaled).any())
+                    self._keep(name, scaled, copy and scaled is batch)
+                    state.sum_square += total * state.unit
+                    state.n += len(batch)
+
+    def scaled(self, name: str, batch: Tensor) -> Tensor:
+        """Gradients in the units of their block: the batch itself, unless its scale is extreme."""
+        exponent = self.blocks[name].exponent
+        return batch * 2.0**exponent if exponent else batch
+
+    def _enter(self, name: str, state: BlockState, top: float) -> None:
+        """Bring what is kept of a block to where gradients of squared norm `top` are in range."""
+        exponent = exponent_for(top, state.exponent) if self.scale_free else 0
+        if exponent != state.exponent:
+            shift = exponent - state.exponent
+            if state.n:
+                self._rescale(name, shift)
+            state.sum_square *= 4.0**shift
+        state.top, state.exponent = top, exponent
 
     def revisit(self, grads: Gradients) -> None:
         """The second reading of a training batch, after all updates, where `second_pass` is True.
@@ -142,24 +178,61 @@ class Solver:
         """
         if not self.lambdas:
             self.fit()
-        self.check_queries(queries)
         solved = {}
-        for name, V in queries.items():
-            state = self.blocks[name]
-            V = V.to(accumulation_dtype(V))
-            if V.numel() == 0:
-                W, outcome = torch.zeros_like(V), Outcome(residual=0.0)
-            else:
-                W, outcome = self._solve(name, V)
-            solved[name] = check_finite_result(name, self.method, W, outcome.fallback)
-            self._record(name, state, outcome, angle(V, W))
+        for name, V, W, outcome in self._applied(self.check_queries(queries)):
+            # W = V A^-1, and A counts gradients twice
+            power = 2 * self.blocks[name].exponent
+            solved[name], outcome = self._delivered(name, W, V, power, outcome)
+            self._record(name, self.blocks[name], outcome, angle(V.values, W))
         return solved
 
-    def check_queries(self, queries: Gradients) -> None:
-        """Raise InputError for names or shapes that were not fitted, NaN or inf."""
+    def _applied(
+        self, queries: Mapping[str, Scaled]
+    ) -> Iterator[tuple[str, Scaled, Tensor, Outcome]]:
+        """(block, queries, W, how it was solved), all in the units of the block."""
+        for name, V in queries.items():
+            if V.values.numel() == 0:
+                yield name, V, torch.zeros_like(V.values), Outcome(residual=0.0)
+            else:
+                yield name, V, *self._solve(name, V.values)
+
+    def check_queries(self, queries: Gradients) -> dict[str, Scaled]:
+        """Queries in the range of fp32, in the dtype that their results have.
+
+        Raises:
+            InputError: names or shapes that were not fitted, NaN or inf.
+        """
         check_shapes(queries, {name: s.shape for name, s in self.blocks.items()}, "query")
+        found = {}
         for name, batch in queries.items():
-            sum_square(name, batch, "query")
+            sizes, dtype = row_squares(name, batch, "query"), accumulation_dtype(batch)
+            found[name] = (
+                scaled_rows(batch, sizes, dtype) if self.scale_free else Scaled(batch.to(dtype))
+            )
+        return found
+
+    def _delivered(
+        self, name: str, X: Tensor, V: Scaled, power: int, outcome: Outcome | None = None
+    ) -> tuple[Tensor, Outcome]:
+        """A result (m, ...) of queries V at their own scale; `power` brings it back from the block.
+
+        What underflows in fp32 is not certified.
+
+        Raises:
+            InputError: NaN, inf, or beyond the range of fp32.
+        """
+        outcome = outcome or Outcome()
+        X, bad, lost = deliver(X, V.powers(power))
+        lost = lost if V.lost is None else lost | V.lost
+        any_bad, any_lost = torch.stack([bad.any(), lost.any()]).tolist()
+        if any_bad:
+            raise not_finite(name, self.method, outcome.fallback)
+        if any_lost:
+            first = int(torch.nonzero(lost)[0])
+            note = f"the result of query {first} is too small for {precision_of(X.dtype)}"
+            converged = None if outcome.converged is None else False
+            outcome = replace(outcome, converged=converged, fallback=note)
+        return X, outcome
 
     def redamp(self, damping: Damping | float) -> Self:
         """Change the damping without a new pass over the training gradients.
@@ -194,11 +267,18 @@ class Solver:
         if not other.blocks:
             return self
         with self._all_or_nothing():
+            for name, theirs in other.blocks.items():
+                mine = self.blocks.setdefault(name, BlockState(theirs.shape))
+                self._enter(name, mine, max(mine.top, theirs.top))
+                if theirs.n and theirs.exponent != mine.exponent:
+                    other = other._twin()
+                    other._rescale(name, mine.exponent - theirs.exponent)
             self._merge(other)
-        for name, state in other.blocks.items():
-            mine_state = self.blocks.setdefault(name, BlockState(state.shape))
-            mine_state.n += state.n
-            mine_state.sum_square += state.sum_square
+            for name, theirs in other.blocks.items():
+                mine = self.blocks[name]
+                mine.n += theirs.n
+                mine.sum_square += theirs.sum_square * mine.unit / theirs.unit
+                mine.hidden |= theirs.hidden
         self.lambdas, self._reports = {}, {}
         return self
 
@@ -237,13 +317,13 @@ class Solver:
             )
         if not self.lambdas:
             self.fit()
-        self.check_queries(grads)
-        return {
-            name: check_finite_result(
-                name, f"{self.method}'s half()", self._half(name, g.to(accumulation_dtype(g)))
-            )
-            for name, g in grads.items()
-        }
+        found = {}
+        for name, V in self.check_queries(grads).items():
+            root, bad, _ = deliver(self._half(name, V.values), V.powers(self.blocks[name].exponent))
+            if bool(bad.any()):
+                raise not_finite(name, f"{self.method}'s half()")
+            found[name] = root
+        return found
 
     def self_influence(self, grads: Gradients) -> Tensor:
         """-<g_k A^-1, g_k> summed over blocks, (B,), for given gradients; O(B r d) for `grad_dot`.
@@ -258,21 +338,36 @@ class Solver:
         Raises:
             InputError: as `apply`.
         """
-        applied = self.apply(grads)
-        parts = [-(W * grads[name].to(W.dtype)).sum((1, 2)) for name, W in applied.items()]
+        if not self.lambdas:
+            self.fit()
+        parts = []
+        for name, V, W, outcome in self._applied(self.check_queries(grads)):
+            own = -(W * V.values).sum((1, 2), keepdim=True)
+            # none is lost for being small: what counts is its place among all
+            own, bad, _ = deliver(own, V.powers(2 * self.blocks[name].exponent, 2))
+            if bool(bad.any()):
+                raise not_finite(name, self.method, outcome.fallback)
+            parts.append(own.flatten())
+            self._record(name, self.blocks[name], outcome, angle(V.values, W))
         return torch.stack(parts).sum(0)
 
     def _squared_half(self, grads: Gradients) -> Tensor:
         """`self_influence` of a method with a root: minus the squared length of `half`."""
-        own = {name: half.double().square().sum(1) for name, half in self.half(grads).items()}
-        # for the certificate, those of each block are solved all the way where most cancels
-        hardest = {}
-        for name, batch in grads.items():
-            sizes = squares(batch.flatten(1))
-            gains = torch.where(sizes > 0, own[name] / sizes, torch.inf)
-            hardest[name] = batch[gains.argsort()[:SOLVED]]
-        self.apply(hardest)
-        total = -torch.stack(list(own.values())).sum(0).to(accumulation_dtype(*grads.values()))
+        if not self.lambdas:
+            self.fit()
+        given = self.check_queries(grads)
+        total, hardest = torch.zeros((), dtype=torch.float64), {}
+        for name, V in given.items():
+            own = self._half(name, V.values).double().square().sum(1)
+            # for the certificate, those of each block are solved all the way where most cancels
+            sizes = squares(V.values.flatten(1))
+            few = torch.where(sizes > 0, own / sizes, torch.inf).argsort()[:SOLVED]
+            hardest[name] = V.some(few)
+            powers = V.powers(2 * self.blocks[name].exponent, 2)
+            total = total.to(own.device) - (own if powers is None else own * powers)
+        for name, V, W, outcome in self._applied(hardest):
+            self._record(name, self.blocks[name], outcome, angle(V.values, W))
+        total = total.to(accumulation_dtype(*grads.values()))
         if not bool(torch.isfinite(total).all()):
             raise InputError(
                 f"{self.method} gave NaN or inf as self-influence "
@@ -292,15 +387,15 @@ class Solver:
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
         """Blocks and kept rows as before if adding to them fails, so that it can be tried again."""
-        blocks = set(self.blocks)
+        held = {key: dict(value) for key, value in vars(self).items() if isinstance(value, dict)}
+        held["blocks"] = {name: replace(state) for name, state in self.blocks.items()}
         marks = {name: rows.mark() for name, rows in (self.kept or {}).items()}
         try:
             yield
         except BaseException:
-            for name in self.blocks.keys() - blocks:
-                del self.blocks[name]
+            vars(self).update(held)
             for name, rows in (self.kept or {}).items():
-                rows.back_to(marks.get(name, NOTHING))
+                rows.back_to(marks[name])
             raise
 
     def _merge(self, other: Self) -> None:
@@ -311,6 +406,17 @@ class Solver:
             for name, theirs in other._tensors().items()
         }
         self._take_tensors(mine | sums)
+
+    def _twin(self) -> Self:
+        """Another solver of what this one has seen, which may be rescaled by itself."""
+        twin = copy.copy(self)
+        for name, held in vars(self).items():
+            if isinstance(held, dict):
+                setattr(twin, name, dict(held))
+        return twin
+
+    def _rescale(self, name: str, shift: int) -> None:
+        """Bring what is kept of a block to its gradients x 2^shift; no tensor changes in place."""
 
     def _half(self, name: str, V: Tensor) -> Tensor:
         """(B, k) for V (B, r, d)."""
@@ -324,7 +430,7 @@ class Solver:
             method=self.method,
             n=state.n,
             shape=state.shape,
-            damping=self.lambdas[name],
+            damping=self.lambdas[name] / state.unit,
             collapse_angle=collapse_angle,
             **outcome.__dict__,
         )
@@ -341,13 +447,28 @@ class Solver:
         return state.mean_square
 
     def _keep(self, name: str, batch: Tensor, copy: bool) -> None:
-        """Keep what later steps need of a batch (B, r, d), B > 0; a copy if `copy`."""
+        """Keep what later steps need of a batch (B, r, d) in the block's units, B > 0; `copy`: not
+        the tensor itself.
+        """
 
     def _resolve(self, name: str) -> None:
         """Damping and preparation of one block."""
         state = self.blocks[name]
-        lam = self.damping.value(state.mean_square, self._mean_eigenvalue(state))
+        if self.scale_free:
+            check_range(name, state.top)
+        if state.hidden and (state.top == 0 or state.exponent > 0):
+            raise InputError(
+                f"block {name}: its gradients hold subnormal numbers, and this process flushes "
+                "them to zero (torch.set_flush_denormal); rescale the loss"
+            )
+        lam = self._lambda(name, self._mean_eigenvalue(state))
         self.lambdas[name] = lam
+        if state.exponent and not lam <= SAFE:
+            raise InputError(
+                f"block {name}: the damping {lam / state.unit:.1e} is more than {SAFE:.0e} times "
+                "the squares of its gradients, which play no part beside it; rescale the loss or "
+                "the damping"
+            )
         self._fit_block(name, lam)
         if state.sum_square == 0 and self.lambdas[name] == 0 and self.needs_damping:
             raise InputError(
@@ -355,6 +476,12 @@ class Solver:
                 f"and its damping ({self.damping}) is zero. An untrained LoRA adapter (B = 0) "
                 "does this; train it, leave the block out, or add an absolute damping"
             )
+
+    def _lambda(self, name: str, mean_eigenvalue: float) -> float:
+        """The damping rule's value in the units of a block."""
+        state = self.blocks[name]
+        rule = replace(self.damping, absolute=self.damping.absolute * state.unit)
+        return rule.value(state.mean_square, mean_eigenvalue)
 
     def _fit_block(self, name: str, lam: float) -> None:
         """Prepare one block once its damping is known."""
@@ -365,10 +492,7 @@ class Solver:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What a saved solver consists of: tensors by name, and plain values for JSON."""
-        meta = {
-            name: {"shape": list(s.shape), "sum_square": s.sum_square, "n": s.n}
-            for name, s in self.blocks.items()
-        }
+        meta = {name: {**vars(s), "shape": list(s.shape)} for name, s in self.blocks.items()}
         return self._tensors(), {"blocks": meta}
 
     def restore(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
@@ -376,7 +500,7 @@ class Solver:
         self.reset()
         for name, saved in meta["blocks"].items():
             r, d = saved["shape"]
-            self.blocks[name] = BlockState((r, d), saved["sum_square"], saved["n"])
+            self.blocks[name] = BlockState(**{**saved, "shape": (r, d)})
         self._take_tensors(tensors)
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..ops.checks import accumulation_dtype
 from .damping import DEFAULT_DAMPING, Damping
-from .inputs import Gradients, check_shapes, sum_square
+from .inputs import Gradients, check_shapes, row_squares
 from .kfac import KFAC, Basis, Tokens
 from .report import Check
 from .rows import GradientRows
@@ -74,7 +74,16 @@ class EKFAC(KFAC):
         self._squares.pop(name, None)
         if not self.second_pass:
             flat = batch.flatten(1).clone() if copy else batch.flatten(1)
-            self.rows.setdefault(name, GradientRows(flat.shape[1], self._scratch)).append(flat)
+            self._rows_of(name, flat.shape[1]).append(flat)
+
+    def _rows_of(self, name: str, width: int) -> GradientRows:
+        fresh = GradientRows(width, self._scratch, self.blocks[name].exponent)
+        return self.rows.setdefault(name, fresh)
+
+    def _rescale(self, name: str, shift: int) -> None:
+        super()._rescale(name, shift)
+        if name in self.rows:
+            self.rows[name] = self.rows[name].rescaled(shift)
 
     def revisit(self, grads: Gradients) -> None:
         if not self.second_pass:
@@ -82,11 +91,12 @@ class EKFAC(KFAC):
         check_shapes(grads, {name: s.shape for name, s in self.blocks.items()}, "train")
         seen = max((count for count, _ in self._squares.values()), default=0)
         for name, batch in grads.items():
-            sum_square(name, batch, "train", seen)
+            row_squares(name, batch, "train", seen)
         self.lambdas = {}
         for name, batch in grads.items():
             before, total = self._squares.get(name, (0, 0.0))
-            self._squares[name] = (before + len(batch), total + self._rotated(name, [batch]))
+            found = self._rotated(name, [self.scaled(name, batch)])
+            self._squares[name] = (before + len(batch), total + found)
 
     def _rotated(self, name: str, batches: Iterable[Tensor]) -> Tensor:
         """Sum of the squares (r, d) of batches (B, r, d) in the basis, a few samples at a time."""
@@ -123,7 +133,7 @@ class EKFAC(KFAC):
         self._refuse_without_rows()
         other._refuse_without_rows()
         for name, theirs in other.rows.items():
-            mine = self.rows.setdefault(name, GradientRows(theirs.width, self._scratch))
+            mine = self._rows_of(name, theirs.width)
             for _, chunk in theirs.chunks():
                 mine.append(chunk)
         super()._merge(other)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Self
 
+import torch
 from torch import Tensor
 
 from ..errors import InputError
@@ -18,11 +19,12 @@ from .damping import DEFAULT_DAMPING, Damping, as_damping
 from .datainf import DataInf
 from .exact import Exact
 from .flat import FlatSolver
-from .grad_dot import GradDot
+from .grad_dot import GradDot, refuse_lost
 from .gram import Seen
-from .inputs import Gradients, check_finite_result
+from .inputs import Gradients, not_finite
 from .lissa import LiSSA
 from .report import BlockReport, Check
+from .scaling import TINY, Scaled, deliver
 
 FLAT: dict[str, type[FlatSolver]] = {cls.method: cls for cls in (DataInf, Exact, CG, LiSSA)}
 # measured at n = 900: one fp64 eigendecomposition takes as long as this many Cholesky factors
@@ -96,20 +98,27 @@ class GramEngine:
         if store.n == 0:
             raise InputError("there are no training gradients: update() was given zero rows")
         solvers = [solver for method in asked for solver in self._solvers(method, grid)]
-        store.check_queries(queries)
+        given = {name: V.flat() for name, V in store.check_queries(queries).items()}
         dtype = accumulation_dtype(*queries.values())
         totals: list[Tensor | None] = [None] * len(solvers)
+        small: list[Tensor] = []  # per block, the queries whose dot products fp32 cannot hold
         for name in store.blocks:
-            V = queries[name].flatten(1).to(accumulation_dtype(queries[name]))
-            seen = store.seen(name, V)
+            V = given[name]
+            seen = store.seen(name, V.values)
             for i, solver in enumerate(solvers):
                 if solver is None:
-                    S = check_finite_result(name, "grad_dot", -seen.L)
+                    S, bad, lost = deliver(-seen.L, V.powers(-store.blocks[name].exponent))
+                    small.append(lost if V.lost is None else lost | V.lost)
+                    if bool(bad.any()):
+                        raise not_finite(name, "grad_dot")
                 else:
                     S = self._block(solver, name, V, seen, len(grid))
                 S, total = S.to(dtype), totals[i]
                 totals[i] = S if total is None else total.add_(S)
             store.forget_grams()
+        for solver, total in zip(solvers, totals, strict=True):
+            if solver is None and small and total is not None and total.numel():
+                refuse_lost(torch.stack(small).any(0) & (total.abs().amax(1) < TINY))
         return [
             GramScores("grad_dot", Damping(), total, [])
             if solver is None else GramScores(solver.method, solver.damping, total, solver.report())
@@ -117,7 +126,7 @@ class GramEngine:
             if total is not None
         ]  # fmt: skip
 
-    def _block(self, solver: FlatSolver, name: str, V: Tensor, seen: Seen, dampings: int) -> Tensor:
+    def _block(self, solver: FlatSolver, name: str, V: Scaled, seen: Seen, dampings: int) -> Tensor:
         rows = self._store.rows[name]
         if dampings >= EIGH_PAYS and isinstance(solver, Exact) and rows.n < rows.width:
             gram = solver.gram(name)

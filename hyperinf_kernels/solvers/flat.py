@@ -17,16 +17,16 @@ from .base import Solver
 from .block_gram import BlockGram
 from .damping import DEFAULT_DAMPING, Damping
 from .gram import Seen, Sketch, Span, worst_ratio
-from .inputs import Gradients, check_finite_result
+from .inputs import Gradients, not_finite
 from .planning import SolvePlan, flat_work, plan
 from .report import RESIDUAL_LIMIT, Check, Outcome, angle, precision_of
 from .rows import GradientRows
+from .scaling import Scaled
 from .scratch import Scratch
 
 EPS32 = torch.finfo(torch.float32).eps
 FINE_GRAM = 0.1  # fp32 rounding over damping at which refinement would no longer contract
 FINE_STEPS = 1e-4  # the same where nothing is refined: iterations only solve what L and K say
-FP32_SAFE = 1e25  # squared norms between its inverse and it leave fp32 room for their sums
 GRAM_BYTES = 2**30  # Gram matrices kept for later calls; above, only the latest block's
 GROUP_ROWS = 512  # training rows whose own influence is worked out together
 
@@ -88,7 +88,11 @@ class FlatSolver(Solver):
         self._rows_of(name, flat.shape[1]).append(flat)
 
     def _rows_of(self, name: str, width: int) -> GradientRows:
-        return self.rows.setdefault(name, GradientRows(width, self._scratch))
+        fresh = GradientRows(width, self._scratch, self.blocks[name].exponent)
+        return self.rows.setdefault(name, fresh)
+
+    def _rescale(self, name: str, shift: int) -> None:
+        self.rows[name] = self.rows[name].rescaled(shift)
 
     def _fit_block(self, name: str, lam: float) -> None:
         if lam <= 0 and self.blocks[name].sum_square > 0:
@@ -128,20 +132,28 @@ class FlatSolver(Solver):
         """`scores` one block after the other, for sums that need not hold all of them."""
         if not self.lambdas:
             self.fit()
-        self.check_queries(queries)
-        for name, V in queries.items():
-            yield name, self.block_scores(name, V.flatten(1).to(accumulation_dtype(V)))
+        for name, V in self.check_queries(queries).items():
+            yield name, self.block_scores(name, V.flat())
 
     def seen(self, name: str, V: Tensor) -> Seen:
-        """Flattened queries V (m, D) as the rows of one block see them."""
+        """Flattened queries V (m, D), in range, as the rows of one block see them."""
         rows = self.rows[name]
         return Seen(rows, V, rows.dots(V), V.double() @ self.sketch(name).rows)
 
-    def block_scores(self, name: str, V: Tensor, seen: Seen | None = None) -> Tensor:
-        """`scores` of one fitted block for flattened queries V (m, D); `seen` where it is known."""
+    def block_scores(self, name: str, given: Scaled, seen: Seen | None = None) -> Tensor:
+        """`scores` of one fitted block for flattened queries (m, D); `seen` where it is known."""
+        S, outcome, turn = self._scores(name, given.values, seen)
+        S, outcome = self._delivered(name, S, given, self.blocks[name].exponent, outcome)
+        self._record(name, self.blocks[name], outcome, turn)
+        return S
+
+    def _scores(
+        self, name: str, V: Tensor, seen: Seen | None
+    ) -> tuple[Tensor, Outcome, float | None]:
+        """S (m, n), how it was solved and its angle to gradient dot, in the units of the block."""
         rows = self.rows[name]
         if not len(V):
-            return torch.zeros(0, rows.n, dtype=V.dtype, device=V.device)
+            return V.new_zeros(0, rows.n), Outcome(residual=0.0), None
         if self._in_gram_space(rows):
             seen = self.seen(name, V) if seen is None else seen
             L = seen.L
@@ -151,9 +163,7 @@ class FlatSolver(Solver):
             W, outcome = self._directions(name, V.double(), torch.float64)
             S = -rows.dots(W).to(V.dtype)
             L = rows.dots(V) if seen is None else seen.L
-        check_finite_result(name, self.method, S, outcome.fallback)
-        self._record(name, self.blocks[name], outcome, angle(-L, S))
-        return S
+        return S, outcome, angle(-L, S)
 
     def _in_gram_space(self, rows: GradientRows) -> bool:
         """Whether scores of the rows come from products with them, not from W."""
@@ -169,7 +179,9 @@ class FlatSolver(Solver):
         total: Tensor | None = None
         for name in self.blocks:
             parts = [S[:, part].diagonal() for part, S in self._own_scores(name)]
-            total = torch.cat(parts) if total is None else total + torch.cat(parts)
+            if not bool(torch.isfinite(own := torch.cat(parts)).all()):
+                raise not_finite(name, self.method)
+            total = own if total is None else total + own
         if total is None:
             raise InputError("there are no training gradients: update() was given zero rows")
         return total
@@ -187,7 +199,10 @@ class FlatSolver(Solver):
                 if small:
                     K = self.gram(name).between(own).to(V.dtype)
                     seen = Seen(rows, V, K, self.sketch(name).image[own])
-                yield own, self.block_scores(name, V, seen)
+                # rows are in the units of their block already, and so no scale is left in S
+                S, outcome, turn = self._scores(name, V, seen)
+                self._record(name, self.blocks[name], outcome, turn)
+                yield own, S
                 start = own.stop
 
     def gram(self, name: str, *, fine: bool = False) -> BlockGram:
@@ -206,10 +221,8 @@ class FlatSolver(Solver):
         return held
 
     def _needs_fine_sums(self, name: str) -> bool:
-        state, bound = self.blocks[name], self._condition_bound(name) or float("inf")
-        size = state.mean_square * self.rows[name].width
-        # products of two rows must stay well inside fp32
-        return bound * EPS32 > self.fine_gram or not 1 / FP32_SAFE < size < FP32_SAFE
+        bound = self._condition_bound(name) or float("inf")
+        return bound * EPS32 > self.fine_gram
 
     def sketch(self, name: str) -> Sketch:
         """What checks of a block's scores need, read from its rows once."""
@@ -287,5 +300,4 @@ class FlatSolver(Solver):
 
     def _take_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():
-            self.rows[name] = GradientRows(tensor.shape[1], self._scratch)
-            self.rows[name].append(tensor)
+            self._rows_of(name, tensor.shape[1]).append(tensor)

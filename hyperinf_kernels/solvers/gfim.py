@@ -51,6 +51,14 @@ class Gfim:
             self._sums[side] = total.clone() if mine is None else mine + total.to(mine.device)
         self._settle()
 
+    def rescaled(self, shift: int) -> Gfim:
+        """The same gradients x 2^shift; it keeps its own."""
+        other = Gfim(self.r, self.d, self.side, "none")
+        other.keep = self.keep
+        other._rows = [rows * 2.0**shift for rows in self._rows]
+        other._sums = {side: total * 4.0**shift for side, total in self._sums.items()}
+        return other
+
     def total(self, side: str) -> Tensor:
         """The fp64 sum over all samples; never to be written to."""
         if self._rows:

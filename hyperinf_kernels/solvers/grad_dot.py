@@ -7,12 +7,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from ..ops.costs import rates_of
 from .base import Solver
 from .inputs import Gradients
 from .planning import SolvePlan, flat_work, plan
 from .report import Outcome
 from .rows import squares
+from .scaling import TINY
 
 
 class GradDot(Solver):
@@ -20,12 +22,23 @@ class GradDot(Solver):
 
     method = "grad_dot"
     needs_damping = False
+    scale_free = False
 
     def plan(
         self, shapes: Mapping[str, tuple[int, int]], n: int, queries: int, device: str = "cpu"
     ) -> SolvePlan:
         works = lambda r, d: flat_work(self.method, n, r * d, queries)  # noqa: E731
         return plan(shapes, n, queries, rates_of(device), works)
+
+    def apply(self, queries: Gradients) -> dict[str, Tensor]:
+        solved = super().apply(queries)
+        if solved:
+            reach = torch.stack([
+                (squares(W.flatten(1)) * self.blocks[name].top).sqrt()
+                for name, W in solved.items()
+            ]).amax(0)  # fmt: skip
+            refuse_lost((reach > 0) & (reach < TINY))
+        return solved
 
     def _solve(self, name: str, V: Tensor) -> tuple[Tensor, Outcome]:
         return V, Outcome(residual=0.0)
@@ -36,3 +49,12 @@ class GradDot(Solver):
     def self_influence(self, grads: Gradients) -> Tensor:
         solved = self.apply(grads)
         return torch.stack([-squares(g.flatten(1)).to(g.dtype) for g in solved.values()]).sum(0)
+
+
+def refuse_lost(lost: Tensor) -> None:
+    """Raise InputError naming the first query (m,) whose dot products fp32 cannot hold."""
+    if bool(lost.any()):
+        raise InputError(
+            f"grad_dot: the dot products of query {int(torch.nonzero(lost)[0])} with the training "
+            f"gradients are below {TINY:.0e}, too small for fp32; rescale the loss"
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Literal, Self
 
 import torch
@@ -30,6 +30,7 @@ from .planning import (
     scored,
 )
 from .report import RESIDUAL_LIMIT, Check, Outcome, with_rounding
+from .scaling import Scaled
 
 Mode = Literal["converged", "paper"]
 Inverse = Literal["auto", "direct", "schulz", "dual", "cg"]
@@ -143,11 +144,18 @@ class HyperINF(Solver):
         thin, size = shape[::-1] if self.side == "rows" else shape
         return route_work(n, thin, size, queries, condition, held_rows=held_rows)
 
-    def apply(self, queries: Gradients) -> dict[str, Tensor]:
+    @property
+    def scale_free(self) -> bool:  # type: ignore[override]
+        # the released arithmetic has a step and a damping of its own
+        return self.mode != "paper"
+
+    def _applied(
+        self, queries: Mapping[str, Scaled]
+    ) -> Iterator[tuple[str, Scaled, Tensor, Outcome]]:
         # blocks that are solved in one batch need each other's queries
-        self._queries = queries
+        self._queries = {name: V.values for name, V in queries.items()}
         try:
-            return super().apply(queries)
+            yield from super()._applied(queries)
         finally:
             self._queries, self._batched = {}, {}
 
@@ -170,12 +178,18 @@ class HyperINF(Solver):
         factors = {side: self._factor(name, side) for side in self._sides()}
         return routes.half(V.double(), **factors).to(V.dtype).flatten(1)
 
+    def _rescale(self, name: str, shift: int) -> None:
+        self.gfims[name] = self.gfims[name].rescaled(shift)
+
     def _merge(self, other: Self) -> None:
         for name, theirs in other.gfims.items():
             self._gfim(name, other.blocks[name].shape).merge(theirs)
 
     def curvature(self, name: str, side: str | None = None) -> Tensor:
-        """A of a fitted block in fp64; of `side="both"` the factor of the given side."""
+        """A of a fitted block in fp64; of `side="both"` the factor of the given side.
+
+        In the units of the block, as `lambdas`: divide by `blocks[name].unit`.
+        """
         state, lam = self.blocks[name], self.lambdas[name]
         side = side or ("cols" if self.side == "both" else self.side)
         A = self._gfim(name).total(side) / state.n

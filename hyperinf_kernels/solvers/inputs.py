@@ -51,26 +51,24 @@ def check_shapes(grads: Gradients, expected: Mapping[str, tuple[int, int]], role
         )
 
 
-def check_finite_result(name: str, method: str, result: Tensor, hint: str | None = None) -> Tensor:
-    """The result of one block itself, refused where it holds NaN or inf."""
-    if not bool(torch.isfinite(result).all()):
-        raise InputError(
-            f"block {name}: {method} gave NaN or inf "
-            f"({hint or 'check damping and the scale of the gradients'})"
-        )
-    return result
+def not_finite(name: str, method: str, hint: str | None = None) -> InputError:
+    """The error for a result of one block that holds NaN or inf."""
+    return InputError(
+        f"block {name}: {method} gave NaN or inf "
+        f"({hint or 'check damping and the scale of the gradients'})"
+    )
 
 
-def sum_square(name: str, batch: Tensor, role: str, first_row: int = 0) -> float:
-    """||batch||^2 to about 1e-7, whatever its scale.
+def row_squares(name: str, batch: Tensor, role: str, first_row: int = 0) -> Tensor:
+    """||row||^2 (B,) in fp64 to about 1e-7, whatever the scale.
 
     Raises:
         InputError: NaN or inf, naming the block and the row.
     """
-    total = float(squares(batch.flatten(1)).sum())
-    if not math.isfinite(total):
+    sizes = squares(batch.flatten(1))
+    if not math.isfinite(float(sizes.sum())):
         check_finite(name, batch, role, first_row)
-    return total
+    return sizes
 
 
 def check_finite(name: str, batch: Tensor, role: str, first_row: int = 0) -> None:

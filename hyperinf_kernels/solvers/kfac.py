@@ -14,6 +14,8 @@ from ..ops import gfim_accumulate_
 from .base import Solver
 from .inputs import Gradients
 from .report import Outcome
+from .rows import squares
+from .scaling import exponent_for
 from .sketched import solve_checked
 
 Tokens = Mapping[str, Sequence[tuple[Tensor, Tensor]]]
@@ -27,8 +29,9 @@ class Factors:
 
     From tokens: sums of l l^T and of c c^T, and `weight` the number of tokens. From gradients
     alone: sums of g g^T and g^T g, and `weight` the sum of ||g||^2. Either way the Kronecker model
-    of the mean outer product of gradients is rows (x) cols / (n weight). `lent` says that a saved
-    state has the same tensors.
+    of the mean outer product of gradients is rows (x) cols / (n weight), all in the units of the
+    block, to which l takes what c does not: c is taken x 2^`right`. `lent` says that a saved state
+    has the same tensors.
     """
 
     rows: Tensor
@@ -36,6 +39,7 @@ class Factors:
     weight: float
     tokens: bool
     lent: bool = False
+    right: int = 0
 
     def writable(self) -> Factors:
         """Itself, with sums that may grow in place."""
@@ -110,6 +114,7 @@ class KFAC(Solver):
         self, name: str, batch: Tensor, pairs: Sequence[tuple[Tensor, Tensor]] | None
     ) -> None:
         r, d = batch.shape[1:]
+        batch = self.scaled(name, batch)
         if name not in self.factors:
             self.factors[name] = Factors(
                 torch.zeros(r, r, dtype=torch.float64, device=batch.device),
@@ -125,15 +130,31 @@ class KFAC(Solver):
             return
         for left, right in pairs:
             if len(left):
-                gfim_accumulate_(held.rows, left.unsqueeze(1))
+                top = float(squares(right).max())
+                if (exponent := exponent_for(top, held.right)) != held.right:
+                    shift, held.right = exponent - held.right, exponent
+                    held.rows, held.cols = held.rows * 4.0**-shift, held.cols * 4.0**shift
+                whole = self.blocks[name].exponent - held.right
+                gfim_accumulate_(held.rows, (left * 2.0**whole if whole else left).unsqueeze(1))
+                if held.right:
+                    right = right * 2.0**held.right
                 gfim_accumulate_(held.cols, right.unsqueeze(1))
                 held.weight += len(left)
+
+    def _rescale(self, name: str, shift: int) -> None:
+        held, unit = self.factors[name], 4.0**shift
+        self.factors[name] = replace(
+            held,
+            rows=held.rows * unit,
+            cols=held.cols if held.tokens else held.cols * unit,
+            weight=held.weight if held.tokens else held.weight * unit,
+            lent=False,
+        )
 
     def _fit_block(self, name: str, lam: float) -> None:
         E = self.basis(name).eigenvalues
         # the trace rule means the model's own eigenvalues; for EK-FAC their mean is that of F
-        lam = self.damping.value(self.blocks[name].mean_square, float(E.mean()))
-        self.lambdas[name] = lam
+        self.lambdas[name] = lam = self._lambda(name, float(E.mean()))
         if lam + float(E.min()) <= 1e-12 * float(E.max()):
             raise InputError(
                 f"block {name}: the damping ({self.damping}) resolves to {lam:g}, but the "
@@ -179,15 +200,18 @@ class KFAC(Solver):
             if mine.tokens != theirs.tokens:
                 raise InputError(f"block {name}: one solver has factors of tokens, the other none")
             mine = mine.writable()
-            mine.rows += theirs.rows.to(mine.rows.device)
-            mine.cols += theirs.cols.to(mine.cols.device)
+            unit = 4.0 ** (mine.right - theirs.right)
+            mine.rows += theirs.rows.to(mine.rows.device) / unit
+            mine.cols += theirs.cols.to(mine.cols.device) * unit
             mine.weight += theirs.weight
         self._bases = {}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, meta = super().state()
-        meta["factors"] = {n: {"weight": f.weight, "tokens": f.tokens} for n, f in
-                           self.factors.items()}  # fmt: skip
+        meta["factors"] = {
+            name: {"weight": f.weight, "tokens": f.tokens, "right": f.right}
+            for name, f in self.factors.items()
+        }
         return tensors, meta
 
     def restore(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:

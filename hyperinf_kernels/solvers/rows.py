@@ -28,9 +28,6 @@ class Mark(NamedTuple):
     pending: tuple[Tensor, ...]
 
 
-NOTHING = Mark(0, (), ())
-
-
 class GradientRows:
     """P (n, D): per-sample gradients of one block, flattened, in chunks of about 512 rows.
 
@@ -40,11 +37,13 @@ class GradientRows:
     Args:
         width: D.
         scratch: keep the chunks in mapped files there, out of core; None: in memory.
+        exponent: the rows are the gradients x 2^exponent, see `scaling`.
     """
 
-    def __init__(self, width: int, scratch: Scratch | None = None) -> None:
+    def __init__(self, width: int, scratch: Scratch | None = None, exponent: int = 0) -> None:
         self.width = width
         self.scratch = scratch
+        self.exponent = exponent
         self.n = 0
         self._chunks: list[Tensor] = []
         self._pending: list[Tensor] = []
@@ -64,6 +63,13 @@ class GradientRows:
         """Forget the rows appended since."""
         self.n, self._chunks, self._pending = mark.n, list(mark.chunks), list(mark.pending)
 
+    def rescaled(self, shift: int) -> GradientRows:
+        """The same gradients as other rows, x 2^shift."""
+        other = GradientRows(self.width, self.scratch, self.exponent + shift)
+        for _, chunk in self.chunks():
+            other.append(chunk * 2.0**shift)
+        return other
+
     def _join(self) -> None:
         if self._pending:
             whole = self._pending[0] if len(self._pending) == 1 else torch.cat(self._pending)
@@ -79,6 +85,11 @@ class GradientRows:
         for chunk in self._chunks:
             yield slice(start, start + len(chunk)), chunk if dtype is None else chunk.to(dtype)
             start += len(chunk)
+
+    def given(self) -> Iterator[tuple[slice, Tensor]]:
+        """`chunks` at the scale of the gradients themselves."""
+        for part, chunk in self.chunks():
+            yield part, chunk * 2.0**-self.exponent if self.exponent else chunk
 
     def gram_panels(self, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
         """K = P P^T by chunks: their rows, from the first column to the last of their own.
