@@ -109,11 +109,13 @@ def test_the_certificate_of_scores_is_true(method: str, damping: float, m: int) 
     if method in ("datainf", "exact"):
         wanted = oracle.influence(train, query, method, oracle.Damping(datainf=damping))
         true = worst_row(S - wanted, wanted)
-        assert true <= 4 * entry.residual + EPS32
-        assert entry.residual <= 1e-4
-    else:
+        said = entry.residual if method == "datainf" else entry.score_error
+        assert true <= 4 * said + EPS32
+        assert said <= 1e-4
+    if method != "datainf":
+        # what 4 probes show; certified is what ten times as much leaves within the tolerance
         true = worst_row(L + S @ (P @ P.T) / 60 + entry.damping * S, L)
-        assert true / 2 <= entry.residual <= 2 * true
+        assert true / 4 <= entry.residual + EPS32 <= 3 * true + 2 * EPS32
     assert not entry.converged or true <= 2e-3
     assert method == "lissa" or entry.converged
 
@@ -463,7 +465,7 @@ def test_the_plan_names_the_form_that_runs(method: str, monkeypatch: pytest.Monk
 
     def noted(owner: Any, name: str, route: str) -> None:
         original = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *a: (ran.add(route), original(*a))[1])
+        monkeypatch.setattr(owner, name, lambda *a, **k: (ran.add(route), original(*a, **k))[1])
 
     noted(FlatSolver, "gram", "gram")
     noted(FlatSolver, "moment", "primal")

@@ -123,6 +123,14 @@ class BlockGram:
             Y[:, : own.start].addmm_(Y[:, own], panel[:, : own.start], alpha=-1)
         return Y
 
+    def definite(self, lam: float) -> bool:
+        """Whether `solve` can."""
+        try:
+            self.solve(self._panels[0].new_zeros(0, self.n, dtype=torch.float64), lam)
+        except InputError:
+            return False
+        return True
+
     def drop_factors(self) -> None:
         """Free what `solve` keeps between calls."""
         self._factor = self._spectrum = None

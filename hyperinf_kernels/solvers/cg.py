@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .block_gram import BlockGram
 from .damping import DEFAULT_DAMPING, Damping
-from .flat import FINE_STEPS, FlatSolver
 from .gram import Span
-from .options import at_least_one, positive
+from .iterative import IterativeSolver
 from .planning import cg_steps, condition_bound
-from .report import RESIDUAL_LIMIT, Check, Outcome
+from .report import RESIDUAL_LIMIT, Check
 
 
 @dataclass
@@ -30,7 +29,7 @@ class Space:
     operator: Callable[[Tensor, Tensor], Tensor]
 
 
-class CG(FlatSolver):
+class CG(IterativeSolver):
     """W A = V with A = H + lambda I by conjugate gradients, stopped per row.
 
     n < D: iterates stay in the span of each query and the training rows, so they are kept as n + 1
@@ -39,14 +38,13 @@ class CG(FlatSolver):
     Args:
         damping: as for every solver.
         iterations: steps at most.
-        tol: stop a row once its ||v - w A|| / ||v|| is below. The report judges the rounded W, so
-            there a residual of 1e-3 counts as converged.
+        tol: stop a row once its ||v - w A|| / ||v|| is below, or later where its scores ask for
+            it. The report judges the rounded W, so there a residual of 1e-3 counts as converged.
         folder, check: as for every solver that keeps rows.
     """
 
     method = "cg"
-    fine_gram = FINE_STEPS
-    option_names = ("iterations", "tol")
+    words = "steps"
 
     def __init__(
         self,
@@ -57,33 +55,26 @@ class CG(FlatSolver):
         folder: str | os.PathLike[str] | None = None,
         check: Check = "bound",
     ) -> None:
-        at_least_one(iterations=iterations)
-        positive(tol=tol)
-        self.iterations, self.tol = iterations, tol
-        super().__init__(damping, folder=folder, check=check)
+        super().__init__(damping, iterations, tol, folder, check)
 
-    def _primal_solve(self, name: str, V: Tensor) -> tuple[Tensor, int]:
+    def _primal_solve(self, name: str, V: Tensor, tol: float) -> tuple[Tensor, int]:
         lam, H = self.lambdas[name], self.moment(name)
-        return self._steps(Space(V, lambda x: x, lambda x, m: lam * x + x @ H))
+        return self._steps(Space(V, lambda x: x, lambda x, m: lam * x + x @ H), tol)
 
     def _steps_at_most(self, r: int, d: int, n: int) -> float:
         return cg_steps(condition_bound(self.damping, r, d, r * d), min(n + 1, r * d), self.tol)
 
-    def _judged(self, name: str, residual: float, iterations: int, precision: str) -> Outcome:
+    def _limit(self) -> float:
         # a tighter tolerance than the rounding of W can hold is met by the iterates, not by W
-        note = None
-        if not residual <= max(self.tol, RESIDUAL_LIMIT):
-            note = f"residual {residual:.1e} after {iterations} steps, asked {self.tol:.1e}"
-        outcome = super()._judged(name, residual, iterations, "fp64")
-        return replace(outcome, converged=note is None, fallback=note)
+        return max(self.tol, RESIDUAL_LIMIT)
 
-    def _span(self, gram: BlockGram, V: Tensor, L: Tensor, lam: float) -> Span:
-        X, steps = self._steps(self._gram_space(gram, V.double(), L, lam))
+    def _span(self, gram: BlockGram, sizes: Tensor, L: Tensor, lam: float, tol: float) -> Span:
+        X, steps = self._steps(self._gram_space(gram, sizes, L, lam), tol)
         return Span(X[:, :1], X[:, 1:], iterations=steps)
 
-    def _gram_space(self, gram: BlockGram, V: Tensor, L: Tensor, lam: float) -> Space:
+    def _gram_space(self, gram: BlockGram, sizes: Tensor, L: Tensor, lam: float) -> Space:
         """x = (a, b) stands for a v + b P."""
-        times, size = gram.times(), V.square().sum(1, keepdim=True)
+        times, size = gram.times(), sizes[:, None]
 
         def metric(x: Tensor) -> Tensor:
             a, b = x[:, :1], x[:, 1:]
@@ -93,16 +84,16 @@ class CG(FlatSolver):
             # the metric's tail is x P^T, so H x costs nothing more
             return lam * x + torch.cat([torch.zeros_like(size), m[:, 1:] / gram.n], 1)
 
-        start = torch.zeros(len(V), gram.n + 1, dtype=V.dtype, device=V.device)
+        start = torch.zeros(len(L), gram.n + 1, dtype=L.dtype, device=L.device)
         start[:, 0] = 1
         return Space(start, metric, operator)
 
-    def _steps(self, space: Space) -> tuple[Tensor, int]:
+    def _steps(self, space: Space, tol: float) -> tuple[Tensor, int]:
         R = space.start
         X, direction = torch.zeros_like(R), R
         R_metric = direction_metric = space.metric(R)
         rho = (R_metric * R).sum(1)
-        goal = rho * self.tol**2
+        goal = rho * tol**2
         for step in range(self.iterations):
             active = rho > goal
             if not bool(active.any()):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..ops import explain, sherman_morrison
 from .flat import FlatSolver
-from .gram import REFINE_ABOVE, Seen, rooted, worst_ratio
+from .gram import MARGIN, REFINE_ABOVE, Seen, rooted, worst_ratio
 from .planning import GRAM_PAYS
 from .report import RESIDUAL_LIMIT, Outcome, precision_of
 from .rows import GradientRows
@@ -85,7 +85,7 @@ class DataInf(FlatSolver):
             precision=precision,
             condition_bound=self._condition_bound(name),
             residual=error,
-            converged=error <= RESIDUAL_LIMIT,
+            converged=MARGIN * error <= RESIDUAL_LIMIT,
         )
 
     def _error(self, name: str, seen: Seen, L: Tensor, S: Tensor, weights: Tensor) -> float:
@@ -95,9 +95,10 @@ class DataInf(FlatSolver):
         what its rounding (known through X) does there is added as that of independent errors.
         """
         sketch, lam, L = self.sketch(name), self.lambdas[name], L.double()
+        LX = seen.through(sketch)
         weighted = weights[:, None] * sketch.image
-        gap = S.double() @ sketch.X - (L @ weighted - seen.LX) / lam
-        rounding = (L @ sketch.X - seen.LX).square().sum(1)
+        gap = S.double() @ sketch.X - (L @ weighted - LX) / lam
+        rounding = (L @ sketch.X - LX).square().sum(1)
         rounding = rounding * weighted.square().sum() / sketch.X.square().sum() / lam**2
         total = (gap.square().sum(1) + rounding) / sketch.X.shape[1]
         return worst_ratio(total.sqrt()[:, None], S)

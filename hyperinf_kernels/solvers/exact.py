@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from .block_gram import BlockGram, not_definite
+from .block_gram import not_definite
 from .flat import FlatSolver
-from .gram import PROBES, REFINE_ABOVE, InvertedSketch, Seen, gap, rooted, worst_ratio
-from .report import RESIDUAL_LIMIT, Outcome, precision_of, with_rounding
+from .gram import Seen, gap, rooted, worst_ratio
+from .judging import Attempt
+from .report import RESIDUAL_LIMIT, Outcome, with_rounding
 
 MAX_REFINEMENTS = 5
 
@@ -21,8 +25,7 @@ class Exact(FlatSolver):
     factor in fp64 and refine with fp64 residuals against P itself until only the rounding of W is
     left; the Gram matrix is formed in fp32, or in fp64 where the damping is too small for that.
     `scores` of the kept rows are -n L (K + n lambda I)^-1, which does not cancel, refined in the
-    same way where their error is over 1e-5. Their `residual` is that error: a bound, an estimate,
-    or the size of the last refinement.
+    same way where their error is over 1e-5, with K in fp64 where that does not suffice.
     """
 
     method = "exact"
@@ -30,36 +33,33 @@ class Exact(FlatSolver):
     def reset(self) -> None:
         super().reset()
         self._primal: tuple[str, float, int, Tensor] | None = None  # the latest D x D factor
-        self._inverted: tuple[str, float, int, InvertedSketch] | None = None  # the latest
 
-    def _gram_scores(self, name: str, seen: Seen) -> tuple[Tensor, Outcome]:
-        gram, rows, lam = self.gram(name), self.rows[name], self.lambdas[name]
-        S, refinements = -gram.n * gram.solve(seen.L.double(), lam), 0
-        error = self.sketch(name).error(seen, S, lam)
-        if error > REFINE_ABOVE and len(S) > PROBES:
-            # the bound may be far off; for fewer queries a refinement is as cheap as this
-            error = self._inverted_sketch(name, gram).error(seen.V, S)
-        while error > REFINE_ABOVE and refinements < MAX_REFINEMENTS:
-            step = gram.n * gram.solve(gap(rows, seen.V, S, lam), lam)
-            S, refinements, before = S - step, refinements + 1, error
-            # a refinement's own size is the error of what it started from
-            error = worst_ratio(step, S)
-            if refinements > 1 and not error < before / 2:
-                break
-        S = S.to(seen.V.dtype)
-        error = max(error, torch.finfo(S.dtype).eps / 2)
-        return S, self._judged(name, error, refinements, precision_of(gram.dtype))
-
-    def _inverted_sketch(self, name: str, gram: BlockGram) -> InvertedSketch:
+    def _gram_attempts(self, name: str, seen: Seen) -> Iterator[Attempt]:
         rows, lam = self.rows[name], self.lambdas[name]
-        held = self._inverted
-        if held is None or held[:3] != (name, lam, rows.n):
-            Y = gram.n * gram.solve(self.sketch(name).X.mT, lam).mT
-            held = self._inverted = (name, lam, rows.n, InvertedSketch(rows, Y, lam))
-        return held[3]
+        for fine in (False, True):
+            gram = self.gram(name, fine=fine)
+            L = seen.fine if gram.dtype == torch.float64 else seen.L.double()
+            S, size = -gram.n * gram.solve(L, lam), math.inf
+            yield self._gram_attempt(name, seen, S, 0, gram.dtype)
+            for refinement in range(1, MAX_REFINEMENTS + 1):
+                step = gram.n * gram.solve(gap(rows, seen.V, S, lam), lam)
+                S = S - step
+                yield self._gram_attempt(name, seen, S, refinement, gram.dtype)
+                before, size = size, worst_ratio(step, S)
+                if not size < before / 2:
+                    break
+            if gram.dtype == torch.float64:
+                return
+
+    def _primal_attempts(self, name: str, seen: Seen) -> Iterator[Attempt]:
+        V = seen.V.double()
+        W, outcome = self._directions(name, V, torch.float64)
+        yield self._primal_attempt(name, V, W, outcome.iterations)
 
     def _directions(self, name: str, V: Tensor, dtype: torch.dtype) -> tuple[Tensor, Outcome]:
         W = self._approximate(name, V).to(dtype)
+        if self.check == "off":
+            return W, self._unchecked(name, 0, "fp64")
         E = self._residual(name, V, W)
         refinements = 0
         # W is judged as delivered: what its rounding leaves behind, scattered evenly over the

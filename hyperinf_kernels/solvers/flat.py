@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -16,8 +17,9 @@ from ..ops.costs import rates_of
 from .base import Solver
 from .block_gram import BlockGram
 from .damping import DEFAULT_DAMPING, Damping
-from .gram import Seen, Sketch, Span, worst_ratio
+from .gram import REFINE_ABOVE, Seen, Sketch
 from .inputs import Gradients, not_finite
+from .judging import Attempt, Judged, best_of, by_residual, by_sketch, claimed, measured
 from .planning import SolvePlan, flat_work, plan
 from .report import RESIDUAL_LIMIT, Check, Outcome, angle, precision_of
 from .rows import GradientRows
@@ -26,7 +28,6 @@ from .scratch import Scratch
 
 EPS32 = torch.finfo(torch.float32).eps
 FINE_GRAM = 0.1  # fp32 rounding over damping at which refinement would no longer contract
-FINE_STEPS = 1e-4  # the same where nothing is refined: iterations only solve what L and K say
 GRAM_BYTES = 2**30  # Gram matrices kept for later calls; above, only the latest block's
 GROUP_ROWS = 512  # training rows whose own influence is worked out together
 
@@ -45,7 +46,7 @@ class FlatSolver(Solver):
         check: as for every solver.
     """
 
-    fine_gram: ClassVar[float] = FINE_GRAM  # fp32 rounding over damping from which K is fp64
+    enough: ClassVar[float] = REFINE_ABOVE  # error of scores that is not worth another attempt
 
     def __init__(
         self,
@@ -63,6 +64,7 @@ class FlatSolver(Solver):
         self._grams: dict[str, BlockGram] = {}
         self._moments: dict[str, tuple[int, Tensor]] = {}
         self._sketches: dict[str, Sketch] = {}
+        self._inverted: tuple[object, Sketch] | None = None  # the latest
         self._scratch = None if self.folder is None else Scratch(self.folder)
 
     @property
@@ -138,7 +140,7 @@ class FlatSolver(Solver):
     def seen(self, name: str, V: Tensor) -> Seen:
         """Flattened queries V (m, D), in range, as the rows of one block see them."""
         rows = self.rows[name]
-        return Seen(rows, V, rows.dots(V), V.double() @ self.sketch(name).rows)
+        return Seen(rows, V, rows.dots(V))
 
     def block_scores(self, name: str, given: Scaled, seen: Seen | None = None) -> Tensor:
         """`scores` of one fitted block for flattened queries (m, D); `seen` where it is known."""
@@ -154,16 +156,9 @@ class FlatSolver(Solver):
         rows = self.rows[name]
         if not len(V):
             return V.new_zeros(0, rows.n), Outcome(residual=0.0), None
-        if self._in_gram_space(rows):
-            seen = self.seen(name, V) if seen is None else seen
-            L = seen.L
-            S, outcome = self._gram_scores(name, seen)
-        else:
-            # W as it is: what is left of it along the rows may be far smaller than its rounding
-            W, outcome = self._directions(name, V.double(), torch.float64)
-            S = -rows.dots(W).to(V.dtype)
-            L = rows.dots(V) if seen is None else seen.L
-        return S, outcome, angle(-L, S)
+        seen = self.seen(name, V) if seen is None else seen
+        S, outcome = self._gram_scores(name, seen)
+        return S, outcome, None if self.check == "off" else angle(-seen.L, S)
 
     def _in_gram_space(self, rows: GradientRows) -> bool:
         """Whether scores of the rows come from products with them, not from W."""
@@ -197,8 +192,7 @@ class FlatSolver(Solver):
                 V = group.to(accumulation_dtype(group))
                 seen = None
                 if small:
-                    K = self.gram(name).between(own).to(V.dtype)
-                    seen = Seen(rows, V, K, self.sketch(name).image[own])
+                    seen = Seen(rows, V, self.gram(name).between(own).to(V.dtype), own)
                 # rows are in the units of their block already, and so no scale is left in S
                 S, outcome, turn = self._scores(name, V, seen)
                 self._record(name, self.blocks[name], outcome, turn)
@@ -222,14 +216,23 @@ class FlatSolver(Solver):
 
     def _needs_fine_sums(self, name: str) -> bool:
         bound = self._condition_bound(name) or float("inf")
-        return bound * EPS32 > self.fine_gram
+        return bound * EPS32 > FINE_GRAM
 
     def sketch(self, name: str) -> Sketch:
         """What checks of a block's scores need, read from its rows once."""
         held = self._sketches.get(name)
         if held is None or held.n != self.rows[name].n:
-            held = self._sketches[name] = Sketch(self.rows[name])
+            held = self._sketches[name] = Sketch.by_signs(self.rows[name])
         return held
+
+    def inverted_sketch(self, name: str) -> Sketch:
+        """The same through (K / n + lambda I)^-1 X, which shows the error of scores itself."""
+        gram, lam = self.gram(name), self.lambdas[name]
+        key = (name, lam, gram.n, gram.dtype)
+        if self._inverted is None or self._inverted[0] != key:
+            Y = gram.n * gram.solve(self.sketch(name).X.mT, lam).mT
+            self._inverted = (key, Sketch(self.rows[name], Y.contiguous()))
+        return self._inverted[1]
 
     def moment(self, name: str) -> Tensor:
         """H = P^T P / n (D, D) in fp64; kept for the block asked for last."""
@@ -240,13 +243,49 @@ class FlatSolver(Solver):
         return self._moments[name][1]
 
     def _gram_scores(self, name: str, seen: Seen) -> tuple[Tensor, Outcome]:
-        """S (m, n) in V's dtype, by the method's `_span`, judged through P in fp64."""
+        """S (m, n) in V's dtype: the first attempt that serves, or the best one."""
+        small = self._in_gram_space(self.rows[name])
+        attempts = self._gram_attempts(name, seen) if small else self._primal_attempts(name, seen)
+        if self.check == "off":
+            first = next(attempts)
+            return first.S.to(seen.V.dtype), self._unchecked(name, first.steps, first.precision)
+        attempt, judged = best_of(attempts, self.enough)
+        S = attempt.S.to(seen.V.dtype)
+        outcome = self._judged(name, judged.residual, attempt.steps, attempt.precision)
+        return S, claimed(outcome, judged, S.dtype)
+
+    def _gram_attempts(self, name: str, seen: Seen) -> Iterator[Attempt]:
+        """Scores by n x n algebra, better and dearer ones later."""
+        raise NotImplementedError
+
+    def _primal_attempts(self, name: str, seen: Seen) -> Iterator[Attempt]:
+        """Scores by W from the D x D side, better and dearer ones later."""
+        raise NotImplementedError
+
+    def _gram_attempt(
+        self, name: str, seen: Seen, S: Tensor, steps: int, dtype: torch.dtype
+    ) -> Attempt:
+        return Attempt(S, steps, precision_of(dtype), lambda: self._judge(name, seen, S))
+
+    def _primal_attempt(self, name: str, V: Tensor, W: Tensor, steps: int) -> Attempt:
+        # W in fp64: what is left of it along the rows may be far smaller than its rounding
+        S, state, lam = -self.rows[name].dots(W), self.blocks[name], self.lambdas[name]
+
+        def judge() -> Judged:
+            R = self._residual(name, V, W)
+            return by_residual(V, W, R, S, state.n, lam, state.sum_square)
+
+        return Attempt(S, steps, "fp64", judge)
+
+    def _judge(self, name: str, seen: Seen, S: Tensor) -> Judged:
+        """What is known of scores from Gram space."""
         lam, gram = self.lambdas[name], self.gram(name)
-        L = seen.fine if gram.dtype == torch.float64 else seen.L.double()
-        span = self._span(gram, seen.V, L, lam)
-        S = -(span.a * L + gram.image(span.B)).to(seen.V.dtype)
-        residual = self.sketch(name).residual(seen, S, lam)
-        return S, self._judged(name, residual, span.iterations, precision_of(gram.dtype))
+        if self.check == "full":
+            return measured(seen, S, lam, lambda E: gram.solve(E, lam))
+        judged = by_sketch(self.sketch(name), None, seen, S, lam)
+        if judged.error <= self.enough or not gram.definite(lam):
+            return judged
+        return by_sketch(self.sketch(name), self.inverted_sketch(name), seen, S, lam)
 
     def _solve(self, name: str, V: Tensor) -> tuple[Tensor, Outcome]:
         W, outcome = self._directions(name, V.flatten(1).double(), V.dtype)
@@ -254,34 +293,24 @@ class FlatSolver(Solver):
 
     def _directions(self, name: str, V: Tensor, dtype: torch.dtype) -> tuple[Tensor, Outcome]:
         """W (m, D) in the given dtype, judged as such, for V (m, D) in fp64."""
-        rows = self.rows[name]
-        if rows.n < rows.width:
-            span = self._span(self.gram(name), V, rows.dots(V), self.lambdas[name])
-            W, steps = span.a * V + rows.combine(span.B), span.iterations
-        else:
-            W, steps = self._primal_solve(name, V)
-        W = W.to(dtype)
-        residual = worst_ratio(self._residual(name, V, W), V)
-        return W, self._judged(name, residual, steps, "fp64")
-
-    def _primal_solve(self, name: str, V: Tensor) -> tuple[Tensor, int]:
-        """W (m, D) in fp64 for V (m, D), on the D x D side, and the steps it took."""
-        raise NotImplementedError
-
-    def _span(self, gram: BlockGram, V: Tensor, L: Tensor, lam: float) -> Span:
-        """The method in Gram space; V (m, D) serves for norms only, L (m, n) is fp64."""
         raise NotImplementedError
 
     def _judged(self, name: str, residual: float, iterations: int, precision: str) -> Outcome:
-        """An outcome of a solve to 1e-3."""
+        """An outcome of a solve to 1e-3, its residual measured."""
         return Outcome(
             precision=precision,
             condition_bound=self._condition_bound(name),
             products=1,
             iterations=iterations,
             residual=residual,
+            residual_by="measured",
             converged=residual <= RESIDUAL_LIMIT,
         )
+
+    def _unchecked(self, name: str, iterations: int, precision: str) -> Outcome:
+        """An outcome that claims nothing."""
+        outcome = FlatSolver._judged(self, name, 0.0, iterations, precision)
+        return replace(outcome, residual=None, residual_by=None, converged=None)
 
     def _residual(self, name: str, V: Tensor, W: Tensor) -> Tensor:
         """V - W (H + lambda I) in fp64, (m, D)."""

@@ -48,6 +48,11 @@ class GradientRows:
         self._chunks: list[Tensor] = []
         self._pending: list[Tensor] = []
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the rows as they are kept."""
+        return (self._chunks or self._pending)[0].dtype
+
     def append(self, rows: Tensor) -> None:
         """Add (B, D) rows."""
         self.n += len(rows)
@@ -108,26 +113,33 @@ class GradientRows:
 
     def second_moment(self) -> Tensor:
         """P^T P (D, D) in fp64."""
-        total: Tensor | None = None
-        for _, rows in self.chunks(torch.float64):
-            total = rows.mT @ rows if total is None else total.addmm_(rows.mT, rows)
-        assert total is not None
+        _, first = next(self.chunks())
+        total = torch.zeros(self.width, self.width, dtype=torch.float64, device=first.device)
+        for _, rows in self.chunks():
+            gram_accumulate_(total, rows.mT)
         return total
 
-    def dots(self, V: Tensor) -> Tensor:
-        """V P^T (m, n), in V's dtype."""
-        if V.dtype != torch.float32:
-            return torch.cat([V @ rows.mT for _, rows in self.chunks(V.dtype)], dim=1)
-        out = torch.zeros(len(V), self.n, device=V.device)
-        for part, rows in self.chunks():
-            gram_accumulate_(out[:, part], V, rows)
+    def dots(self, V: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """V P^T (m, n), summed in `dtype`, by default V's."""
+        dtype = dtype or V.dtype
+        out = torch.zeros(len(V), self.n, dtype=dtype, device=V.device)
+        if V.dtype == torch.float64 and self.dtype != torch.float64:
+            for columns, P in self._wide_slices():
+                out.addmm_(V[:, columns], P.mT)
+        else:
+            for part, rows in self.chunks():
+                gram_accumulate_(out[:, part], V, rows)
         return out
 
     def combine(self, B: Tensor) -> Tensor:
         """B P (m, D), in B's dtype."""
         total = torch.zeros(len(B), self.width, dtype=B.dtype, device=B.device)
-        for part, rows in self.chunks(B.dtype):
-            total.addmm_(B[:, part], rows)
+        if B.dtype == torch.float64 and self.dtype != torch.float64:
+            for columns, P in self._wide_slices():
+                total[:, columns] = B @ P
+        else:
+            for part, rows in self.chunks(B.dtype):
+                total.addmm_(B[:, part], rows)
         return total
 
     def image(self, B: Tensor) -> Tensor:
