@@ -8,8 +8,13 @@ STABLE_TORCH_LIBRARY(hyperinf, m) {
   // V (b, m, D) fp32, G (b, n, D) fp32 or bf16 with unit column stride, damping (b) fp32
   m.def("sherman_morrison(Tensor V, Tensor G, Tensor damping) -> Tensor");
   // C (b, n1, n2) += alpha X Y^T, X (b, n1, D), Y (b, n2, D) fp32 or bf16; no Y means X. C is fp32,
-  // or fp64: then sums are fp64 and rows may be too
-  m.def("gram_accumulate_(Tensor(a!) C, Tensor X, Tensor? Y, float alpha) -> ()");
+  // or fp64: then sums are fp64 and rows may be too, unless `runs`: then products of at most
+  // kGramRun terms are summed in fp32, and these sums in fp64
+  m.def("gram_accumulate_(Tensor(a!) C, Tensor X, Tensor? Y, float alpha, bool runs=False) -> ()");
+  // X (n, 4), Z (4, D) fp64, contiguous, P (n, D) fp32 or bf16 with unit column stride: X^T P and
+  // Z P^T P, (4, D) in fp64
+  m.def("combine_rows(Tensor X, Tensor P) -> Tensor");
+  m.def("image_rows(Tensor Z, Tensor P) -> Tensor");
   // delta (b, T, O), act (b, T, I) of one dtype, fp32 or bf16 (fp16 too on CUDA), with unit column
   // stride -> (b, O, I), (b), (b, m) for V (m, O, I) fp32, contiguous
   m.def("per_sample_grad(Tensor delta, Tensor act) -> Tensor");

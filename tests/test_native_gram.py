@@ -9,6 +9,8 @@ import pytest
 import torch
 
 import hyperinf_kernels as hk
+from hyperinf_kernels.ops.reference import RUN
+from hyperinf_kernels.ops.sketch import combine_rows, image_rows
 from tests.native_cases import needs_kernels, on_cpu_kernels, random, shifted, threads, worst
 from tests.oracle import Array
 
@@ -288,3 +290,80 @@ def test_nothing_adds_nothing() -> None:
         hk.gfim_accumulate_(K, torch.zeros(0, 3, 40))
         hk.gram_accumulate_(torch.zeros(0, 40, 40), torch.zeros(0, 40, 3))
     assert torch.equal(K, before)
+
+
+# --- fp32 runs in a fp64 sum ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", BOTH)
+@pytest.mark.parametrize(("rows", "depth"), [(37, 5), (37, 768), (400, 769), (64, 20_000)])
+def test_runs_lose_no_more_than_one_short_product(
+    rows: int, depth: int, dtype: torch.dtype
+) -> None:
+    X, Y = random(rows, depth, dtype=dtype), random(45, depth, dtype=dtype, seed=1)
+    for other in (None, Y):
+        before = random(rows, len(Y) if other is not None else rows, seed=2).double()
+        C = before.clone()[None]
+        y = X if other is None else other
+        torch.ops.hyperinf.gram_accumulate_(
+            C, X[None], None if other is None else Y[None], 0.5, True
+        )
+        expected = f64(before) + 0.5 * (f64(X) @ f64(y).T)
+        # what plain fp32 loses on a run at its worst, run by run, all of one sign
+        parts = zip(X.float().split(RUN, 1), y.float().split(RUN, 1), strict=True)
+        each = [worst(x @ w.T, f64(x) @ f64(w).T) for x, w in parts]
+        assert worst(C[0], expected) <= K * sum(each) + FLOOR * np.abs(f64(X)).max()
+        if other is None:
+            wide = torch.zeros(1, rows, rows, dtype=torch.float64)
+            torch.ops.hyperinf.gram_accumulate_(wide, X[None], None, 1.0, True)
+            assert torch.equal(wide[0], wide[0].T)
+
+
+def test_the_error_of_runs_does_not_grow_with_the_depth() -> None:
+    """Equal rows: every error of a chain has one sign, so a long fp32 chain would show."""
+    errors = []
+    for depth in (RUN, 64 * RUN):
+        X = torch.full((32, depth), 1.1)
+        C = torch.zeros(1, 32, 32, dtype=torch.float64)
+        torch.ops.hyperinf.gram_accumulate_(C, X[None], None, 1.0, True)
+        errors.append(float((C[0] / (X[0, 0].double() ** 2 * depth) - 1).abs().max()))
+    assert errors[1] <= 1.01 * errors[0] <= 1.01 * RUN * np.finfo(np.float32).eps / 2
+
+
+def test_runs_do_not_depend_on_threads_and_need_a_wide_sum() -> None:
+    X = random(300, 9000)
+    results = []
+    for count in (1, 2):
+        with threads(count):
+            C = torch.zeros(1, 300, 300, dtype=torch.float64)
+            torch.ops.hyperinf.gram_accumulate_(C, X[None], None, 1.0, True)
+            results.append(C)
+    assert torch.equal(*results)
+    with pytest.raises(RuntimeError, match="C must be fp64"):
+        torch.ops.hyperinf.gram_accumulate_(torch.zeros(1, 3, 3), X[None, :3], None, 1.0, True)
+
+
+# --- sketches ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", BOTH)
+@pytest.mark.parametrize(("n", "width"), [(1, 1), (3, 5), (8, 16), (300, 37), (33, 1030)])
+def test_sketches_are_fp64_whatever_the_rows_are(n: int, width: int, dtype: torch.dtype) -> None:
+    P = torch.nn.functional.pad(random(n, width, dtype=dtype), (1, 2), value=torch.nan)[:, 1:-2]
+    X, Z = random(n, 4, seed=1).double(), random(4, width, seed=2).double()
+    for found, expected in (
+        (torch.ops.hyperinf.combine_rows(X, P), f64(X).T @ f64(P)),
+        (torch.ops.hyperinf.image_rows(Z, P), f64(Z) @ f64(P).T @ f64(P)),
+    ):
+        bound = 1e-15 * n**0.5 * width**0.5 * np.abs(expected).max() + 1e-14
+        assert worst(found, expected) <= 4 * bound
+
+
+def test_sketches_of_other_sizes_and_dtypes_run_in_torch() -> None:
+    X, P = random(7, 3).double(), random(7, 20).double()
+    for found, expected in (
+        (combine_rows(X, P), X.mT @ P),
+        (combine_rows(X, P.half()), X.mT @ P.half().double()),
+        (image_rows(P[:2], P), P[:2] @ P.mT @ P),
+    ):
+        assert torch.allclose(found, expected, rtol=1e-12, atol=1e-12)

@@ -16,11 +16,12 @@ using torch::stable::Tensor;
 
 namespace {
 
-// The output in tiles, the depth in chunks: all from the shape, so threads do not change a bit.
+// The output in tiles, the depth in parts, each an item of its own, and a part in runs, each one
+// product: all from the shape, so threads do not change a bit.
 struct Plan {
   int64_t side;  // of a tile
-  int64_t batch, rows, cols, depth, row_tiles, col_tiles, chunks, chunk;
-  bool symmetric, chunks_apart;  // chunks are items of their own, or follow each other in one
+  int64_t batch, rows, cols, depth, row_tiles, col_tiles, parts, part, run;
+  bool symmetric;
 
   int64_t tiles() const {
     return symmetric ? row_tiles * (row_tiles + 1) / 2 : row_tiles * col_tiles;
@@ -32,18 +33,18 @@ struct Place {
 };
 
 Plan make_plan(int64_t side, int64_t batch, int64_t rows, int64_t cols, int64_t depth,
-               bool symmetric) {
-  constexpr int64_t enough_items = 48, shortest = 1024;
-  constexpr int64_t longest = 4096;  // a running sum of few blocks keeps its rounding small
-  const auto parts = [](int64_t size, int64_t of) { return (size + of - 1) / of; };
-  Plan plan{side, batch, rows,      cols, depth, parts(rows, side), parts(cols, side),
-            1,    depth, symmetric, false};
+               bool symmetric, bool runs) {
+  constexpr int64_t shortest = 1024;
+  const int64_t enough_items = runs ? 24 : 48;     // their sums are as large as tiles of doubles
+  const int64_t longest = runs ? kGramRun : 4096;  // sums of few blocks keep their rounding small
+  const auto pieces = [](int64_t size, int64_t of) { return (size + of - 1) / of; };
+  Plan plan{side, batch, rows,  cols,     depth, pieces(rows, side), pieces(cols, side),
+            1,    depth, depth, symmetric};
   const int64_t wanted = enough_items / std::max<int64_t>(1, batch * plan.tiles());
-  plan.chunks_apart = wanted > 1 && depth >= 2 * shortest;
-  const int64_t chunks =
-      plan.chunks_apart ? std::min(wanted, depth / shortest) : parts(depth, longest);
-  plan.chunk = parts(depth, chunks);
-  plan.chunks = parts(depth, plan.chunk);
+  if (wanted > 1 && depth >= 2 * shortest)
+    plan.part = pieces(depth, std::min(wanted, depth / shortest));
+  plan.parts = pieces(depth, plan.part);
+  plan.run = pieces(plan.part, pieces(plan.part, longest));
   return plan;
 }
 
@@ -88,22 +89,24 @@ void add_tile(const Tensor& C, const Plan& plan, const Place& at, const Acc* til
     }
 }
 
-// total += next, only where the product was written
-template <class Acc>
-void add_chunk(const Plan& plan, const Place& at, Acc* total, const Acc* next) {
+// total (+)= next, only where the product was written
+template <bool Add, class Sum, class Acc>
+void add_part(const Plan& plan, const Place& at, Sum* total, const Acc* next) {
   const int64_t rows = std::min(plan.side, plan.rows - at.row);
   const int64_t cols = std::min(plan.side, plan.cols - at.col);
   const bool diagonal = plan.symmetric && at.row == at.col;
-  for (int64_t i = 0; i < rows; ++i)
+  for (int64_t i = 0; i < rows; ++i) {
+    Sum* const to = total + i * plan.side;
+    const Acc* const from = next + i * plan.side;
     for (int64_t j = diagonal ? i : 0; j < cols; ++j)
-      total[i * plan.side + j] += next[i * plan.side + j];
+      to[j] = Add ? to[j] + static_cast<Sum>(from[j]) : static_cast<Sum>(from[j]);
+  }
 }
 
 GramArgs gram_args(RowType type, const Tensor& X, const Tensor& Y, const Plan& plan,
-                   const Place& at, int64_t chunk, void* tile, void* panels) {
+                   const Place& at, int64_t start, int64_t depth, void* tile, void* panels) {
   const auto operand = [&](const Tensor& t, int64_t row) {
-    const int64_t offset =
-        at.batch * t.stride(0) + row * t.stride(1) + chunk * plan.chunk * t.stride(2);
+    const int64_t offset = at.batch * t.stride(0) + row * t.stride(1) + start * t.stride(2);
     return static_cast<const char*>(t.const_data_ptr()) +
            offset * static_cast<int64_t>(t.element_size());
   };
@@ -116,48 +119,58 @@ GramArgs gram_args(RowType type, const Tensor& X, const Tensor& Y, const Plan& p
           Y.stride(2),
           std::min(plan.side, plan.rows - at.row),
           std::min(plan.side, plan.cols - at.col),
-          std::min(plan.chunk, plan.depth - chunk * plan.chunk),
+          depth,
           plan.symmetric && at.row == at.col,
           tile,
           panels};
 }
 
-template <class Acc>
+// Products in Acc, their sums and C in Sum.
+template <class Acc, class Sum>
 void accumulate(const Tensor& C, const Tensor& X, const Tensor& Y, RowType type, const Plan& plan,
                 double alpha) {
+  constexpr bool apart = !std::is_same_v<Acc, Sum>;  // a product is never a sum itself
   const auto product = std::is_same_v<Acc, double> ? kernels().gram_tile64 : kernels().gram_tile;
   const int64_t tiles = plan.batch * plan.tiles();
   // no row below the last one is written, and a sum of few rows has many partial tiles
   const int64_t groups = (plan.rows + kGramRowGroup - 1) / kGramRowGroup;
   const int64_t tall = std::min(plan.side, groups * kGramRowGroup);
-  const int64_t area = tall * plan.side;
-  const int64_t items = plan.chunks_apart ? tiles * plan.chunks : tiles,
-                workers = worker_count(items);
+  const int64_t area = tall * plan.side, items = tiles * plan.parts;
+  const int64_t workers = worker_count(items);
   const auto panels = aligned<Acc>(workers * kGramPanels<Acc>);
-  const auto own = [&](int64_t worker) { return panels.get() + worker * kGramPanels<Acc>; };
-  if (!plan.chunks_apart) {
-    const auto partial = aligned<Acc>(workers * 2 * area);
+  const auto next = aligned<Acc>(workers * area);
+  const auto sums = aligned<Sum>((plan.parts > 1 ? items : workers) * area);
+  const auto sum_item = [&](int64_t item, int64_t worker, Sum* total) {
+    const Place at = place_of(plan, item % tiles);
+    const int64_t start = item / tiles * plan.part;
+    const int64_t end = std::min(plan.depth, start + plan.part);
+    Acc* const own = panels.get() + worker * kGramPanels<Acc>;
+    for (int64_t k = start; k < end; k += plan.run) {
+      const int64_t depth = std::min(plan.run, end - k);
+      void* const tile =
+          apart || k > start ? static_cast<void*>(next.get() + worker * area) : total;
+      product(gram_args(type, X, Y, plan, at, k, depth, tile, own));
+      if (k > start)
+        add_part<true>(plan, at, total, static_cast<const Acc*>(tile));
+      else if (apart)
+        add_part<false>(plan, at, total, static_cast<const Acc*>(tile));
+    }
+  };
+  if (plan.parts == 1) {
     for_each_item(tiles, [&](int64_t t, int64_t worker) {
-      const Place at = place_of(plan, t);
-      Acc* const total = partial.get() + worker * 2 * area;
-      for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
-        Acc* const tile = chunk == 0 ? total : total + area;
-        product(gram_args(type, X, Y, plan, at, chunk, tile, own(worker)));
-        if (chunk > 0) add_chunk(plan, at, total, tile);
-      }
-      add_tile(C, plan, at, total, alpha);
+      Sum* const total = sums.get() + worker * area;
+      sum_item(t, worker, total);
+      add_tile(C, plan, place_of(plan, t), total, alpha);
     });
     return;
   }
-  const auto partial = aligned<Acc>(items * area);
   for_each_item(items, [&](int64_t item, int64_t worker) {
-    product(gram_args(type, X, Y, plan, place_of(plan, item % tiles), item / tiles,
-                      partial.get() + item * area, own(worker)));
+    sum_item(item, worker, sums.get() + item * area);
   });
   for_each_item(tiles, [&](int64_t t, int64_t) {
-    Acc* const total = partial.get() + t * area;
-    for (int64_t chunk = 1; chunk < plan.chunks; ++chunk)
-      add_chunk(plan, place_of(plan, t), total, total + chunk * tiles * area);
+    Sum* const total = sums.get() + t * area;
+    for (int64_t part = 1; part < plan.parts; ++part)
+      add_part<true>(plan, place_of(plan, t), total, total + part * tiles * area);
     add_tile(C, plan, place_of(plan, t), total, alpha);
   });
 }
@@ -165,7 +178,7 @@ void accumulate(const Tensor& C, const Tensor& X, const Tensor& Y, RowType type,
 }  // namespace
 
 void gram_accumulate_(const Tensor& C, const Tensor& X, const std::optional<Tensor>& other,
-                      double alpha) {
+                      double alpha, bool runs) {
   const Tensor& Y = other.has_value() ? *other : X;
   check_dims("C", C, 3);
   check_dims("X", X, 3);
@@ -174,7 +187,8 @@ void gram_accumulate_(const Tensor& C, const Tensor& X, const std::optional<Tens
   STD_TORCH_CHECK(wide || C.scalar_type() == torch::headeronly::ScalarType::Float,
                   "C must be fp32 or fp64");
   STD_TORCH_CHECK(X.scalar_type() == Y.scalar_type(), "X and Y must have one dtype");
-  const RowType type = wide && is_double(X) ? RowType::kDouble : row_type("X", X);
+  STD_TORCH_CHECK(wide || !runs, "runs are added in fp64, so C must be fp64");
+  const RowType type = wide && !runs && is_double(X) ? RowType::kDouble : row_type("X", X);
   const int64_t batch = C.size(0), rows = C.size(1), cols = C.size(2), depth = X.size(2);
   STD_TORCH_CHECK(X.size(0) == batch && X.size(1) == rows && Y.size(0) == batch &&
                       Y.size(1) == cols && Y.size(2) == depth,
@@ -184,12 +198,14 @@ void gram_accumulate_(const Tensor& C, const Tensor& X, const std::optional<Tens
   check_apart("C", C, "X", X);
   check_apart("C", C, "Y", Y);
 
-  const int64_t side = wide ? kGramTile<double> : kGramTile<float>;
-  const Plan plan = make_plan(side, batch, rows, cols, depth, !other.has_value());
-  if (wide)
-    accumulate<double>(C, X, Y, type, plan, alpha);
+  const int64_t side = wide && !runs ? kGramTile<double> : kGramTile<float>;
+  const Plan plan = make_plan(side, batch, rows, cols, depth, !other.has_value(), runs);
+  if (runs)
+    accumulate<float, double>(C, X, Y, type, plan, alpha);
+  else if (wide)
+    accumulate<double, double>(C, X, Y, type, plan, alpha);
   else
-    accumulate<float>(C, X, Y, type, plan, alpha);
+    accumulate<float, float>(C, X, Y, type, plan, alpha);
 }
 
 }  // namespace hyperinf

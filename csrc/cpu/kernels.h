@@ -49,8 +49,24 @@ template <class Acc>
 constexpr int64_t kGramDepth = 192;
 template <>
 inline constexpr int64_t kGramDepth<double> = 128;
+// A run of fp32 products before fp64 takes over: a chain of kGramDepth additions and these four
+// sums.
+constexpr int64_t kGramRun = 4 * kGramDepth<float>;
 template <class Acc>
 constexpr int64_t kGramPanels = 2 * kGramTile<Acc> * kGramDepth<Acc>;
+
+// Rows as a few probes see them, in double.
+constexpr int kSketchProbes = 4;
+struct SketchArgs {
+  const void* rows;  // (count, columns), unit column stride
+  RowType type;      // kFloat or kBf16
+  int64_t row_stride;
+  int64_t count;
+  int64_t columns;
+  const double* probes;  // (count, kSketchProbes) to combine rows, (kSketchProbes, columns) else
+  double* out;           // (kSketchProbes, columns) at `stride`, added to
+  int64_t stride;
+};
 
 // thin^T wide of one sample: the gradient of a layer with one thin side.
 struct ThinArgs {
@@ -104,6 +120,8 @@ struct Kernels {
   void (*sherman_morrison_slab)(const SlabArgs&);
   void (*gram_tile)(const GramArgs&);    // sums in float, rows fp32 or bf16
   void (*gram_tile64)(const GramArgs&);  // sums in double, rows fp32, bf16 or fp64
+  void (*combine_rows)(const SketchArgs&);
+  void (*image_rows)(const SketchArgs&);
   void (*thin_product)(const ThinArgs&);
   double (*block_dot)(const float* x, int64_t x_stride, const float* y, int64_t y_stride,
                       int64_t rows, int64_t columns);

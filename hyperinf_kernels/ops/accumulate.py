@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import checks
 from .dispatch import call
+from .reference import RUN as RUN
 
 Side = Literal["cols", "rows"]
 
@@ -19,6 +20,7 @@ def gfim_accumulate_(
     *,
     side: Side = "cols",
     alpha: float = 1.0,
+    fine: bool = True,
 ) -> Tensor:
     """`C += alpha * sum_b g_b^T g_b` (cols) or `g_b g_b^T` (rows), the unnormalised GFIM.
 
@@ -33,6 +35,9 @@ def gfim_accumulate_(
         act: (..., B, T, d); then g_b = delta_b^T act_b, and only slices of it are ever formed.
         side: which side of g the matrix lives on.
         alpha: factor of the added sum.
+        fine: for a fp64 C, products in fp64. False: at most `RUN` products in a row are summed in
+            fp32 and these sums in fp64, at twice the speed; what that loses does not grow with B.
+            A fp32 C is always summed in fp32.
 
     Returns:
         C itself.
@@ -56,7 +61,7 @@ def gfim_accumulate_(
             f"grads must be (..., B, r, d) and C the matching square for side={side!r}",
             C=C, grads=grads_or_delta,
         )  # fmt: skip
-        return call("gfim_accumulate_", (C, grads_or_delta), side=side, alpha=alpha)
+        return call("gfim_accumulate_", (C, grads_or_delta), side=side, alpha=alpha, fine=fine)
     checks.floating(C=C, act=act)
     size = act.shape[-1] if side == "cols" else grads_or_delta.shape[-1]
     checks.agree(
@@ -67,15 +72,18 @@ def gfim_accumulate_(
         f"delta (..., B, T, r) and act (..., B, T, d) must fit C for side={side!r}",
         C=C, delta=grads_or_delta, act=act,
     )  # fmt: skip
-    return call("gfim_accumulate_", (C, grads_or_delta, act), side=side, alpha=alpha)
+    return call("gfim_accumulate_", (C, grads_or_delta, act), side=side, alpha=alpha, fine=fine)
 
 
-def gram_accumulate_(K: Tensor, G1: Tensor, G2: Tensor | None = None) -> Tensor:
+def gram_accumulate_(
+    K: Tensor, G1: Tensor, G2: Tensor | None = None, *, fine: bool = True
+) -> Tensor:
     """`K += G1 @ G2^T`: all dot products between two sets of flattened gradients.
 
     Args:
         K: (..., n1, n2), or (..., n, n) without G2; fp32 or fp64, updated in place.
         G1: (..., n1, D). G2: (..., n2, D); None means G1 itself, a symmetric update.
+        fine: as for `gfim_accumulate_`.
 
     Returns:
         K itself.
@@ -95,4 +103,4 @@ def gram_accumulate_(K: Tensor, G1: Tensor, G2: Tensor | None = None) -> Tensor:
         "K (..., n1, n2), G1 (..., n1, D) and G2 (..., n2, D) must fit",
         K=K, G1=G1, G2=other,
     )  # fmt: skip
-    return call("gram_accumulate_", (K, G1, other))
+    return call("gram_accumulate_", (K, G1, other), fine=fine)

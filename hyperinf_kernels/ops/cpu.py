@@ -27,6 +27,7 @@ CACHED_NUMBERS = 1 << 20
 # measured: that many matrices meet a tile of g in cache sooner than g as rows of a product
 FEW_MATRICES = 16
 COEFFICIENTS = 8
+SKETCHED = 4  # probes of a compiled sketch
 
 
 def _refuse_sherman_morrison(metas: tuple[TensorMeta, ...]) -> str | None:
@@ -75,28 +76,34 @@ def _refuse_sums(metas: tuple[TensorMeta, ...]) -> str | None:
 
 
 @implements("gram_accumulate_", "cpu", _refuse_sums)
-def gram_accumulate_(K: Tensor, G1: Tensor, G2: Tensor) -> Tensor:
+def gram_accumulate_(K: Tensor, G1: Tensor, G2: Tensor, *, fine: bool = True) -> Tensor:
     if G1 is G2:
-        return _add_products(K, G1, None, 1.0)
+        return _add_products(K, G1, None, 1.0, fine)
     G1, G2 = _alike(G1, G2)
-    return _add_products(K, G1, G2, 1.0)
+    return _add_products(K, G1, G2, 1.0, fine)
 
 
 @implements("gfim_accumulate_", "cpu", _refuse_sums)
 def gfim_accumulate_(
-    C: Tensor, grads: Tensor, act: Tensor | None = None, *, side: str, alpha: float
+    C: Tensor,
+    grads: Tensor,
+    act: Tensor | None = None,
+    *,
+    side: str,
+    alpha: float,
+    fine: bool = True,
 ) -> Tensor:
     lead = C.shape[:-2]
     if act is None:
         stack = reference.samples(grads if side == "cols" else grads.mT, lead, 1)
-        return _add_products(C, stack.mT, None, alpha)
+        return _add_products(C, stack.mT, None, alpha, fine)
     delta, act = (reference.samples(t, lead, 2) for t in (grads, act))
     form = (
         reference.per_sample_grad if torch.float64 in (delta.dtype, act.dtype) else per_sample_grad
     )
     for part in reference.slices(delta.shape[-3], delta.shape[-1] * act.shape[-1]):
         formed = form(delta[..., part, :, :], act[..., part, :, :])
-        gfim_accumulate_(C, formed, side=side, alpha=alpha)
+        gfim_accumulate_(C, formed, side=side, alpha=alpha, fine=fine)
     return C
 
 
@@ -106,9 +113,12 @@ def _alike(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.to(dtype) for t in tensors)
 
 
-def _add_products(C: Tensor, X: Tensor, Y: Tensor | None, alpha: float) -> Tensor:
+def _add_products(
+    C: Tensor, X: Tensor, Y: Tensor | None, alpha: float, fine: bool = True
+) -> Tensor:
     """C (..., n1, n2) += alpha X Y^T; without Y, X X^T."""
     batch = math.prod(C.shape[:-2])
+    runs = not fine and C.dtype == torch.float64 and X.dtype != torch.float64
     rows = [
         None if t is None else reference.apart(C, t).reshape(batch, *t.shape[-2:]) for t in (X, Y)
     ]
@@ -117,10 +127,29 @@ def _add_products(C: Tensor, X: Tensor, Y: Tensor | None, alpha: float) -> Tenso
     except RuntimeError:
         # batch dimensions that are no single stride: sum aside, then add
         total = C.new_zeros(batch, *C.shape[-2:])
-        torch.ops.hyperinf.gram_accumulate_(total, *rows, alpha)
+        torch.ops.hyperinf.gram_accumulate_(total, *rows, alpha, runs)
         return C.add_(total.view(C.shape))
-    torch.ops.hyperinf.gram_accumulate_(total, *rows, alpha)
+    torch.ops.hyperinf.gram_accumulate_(total, *rows, alpha, runs)
     return C
+
+
+def _refuse_sketch(metas: tuple[TensorMeta, ...]) -> str | None:
+    probes, P = metas[0], metas[-1]
+    if probes.shape[0 if probes.shape[-1] == P.shape[-1] else -1] != SKETCHED:
+        return f"takes {SKETCHED} probes"
+    if P.shape[-1] > 1 and P.stride[-1] != 1:
+        return "rows must have unit stride"
+    return unfit((probes,), (torch.float64,)) or unfit((P,), ROWS)
+
+
+@implements("combine_rows", "cpu", _refuse_sketch)
+def combine_rows(X: Tensor, P: Tensor) -> Tensor:
+    return torch.ops.hyperinf.combine_rows(X.contiguous(), P)
+
+
+@implements("image_rows", "cpu", _refuse_sketch)
+def image_rows(Z: Tensor, P: Tensor) -> Tensor:
+    return torch.ops.hyperinf.image_rows(Z.contiguous(), P)
 
 
 def _refuse_factors(metas: tuple[TensorMeta, ...]) -> str | None:

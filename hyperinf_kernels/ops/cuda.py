@@ -82,7 +82,10 @@ def per_sample_dot(delta: Tensor, act: Tensor, V: Tensor, ghost: bool) -> Tensor
 
 
 @implements("gfim_accumulate_", "cuda", _refuse_gfim)
-def gfim_accumulate_(C: Tensor, delta: Tensor, act: Tensor, *, side: str, alpha: float) -> Tensor:
+def gfim_accumulate_(
+    C: Tensor, delta: Tensor, act: Tensor, *, side: str, alpha: float, fine: bool = True
+) -> Tensor:
+    del fine  # sums here are fp32
     lead = C.shape[:-2]
     # g_b g_b^T is the same sum with the factors exchanged
     rows, cols = (delta, act) if side == "cols" else (act, delta)

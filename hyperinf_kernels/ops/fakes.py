@@ -15,8 +15,20 @@ def sherman_morrison(V: Tensor, G: Tensor, damping: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("hyperinf::gram_accumulate_")  # type: ignore[untyped-decorator]
-def gram_accumulate_(C: Tensor, X: Tensor, Y: Tensor | None, alpha: float) -> None:
+def gram_accumulate_(
+    C: Tensor, X: Tensor, Y: Tensor | None, alpha: float, runs: bool = False
+) -> None:
     return None
+
+
+@torch.library.register_fake("hyperinf::combine_rows")  # type: ignore[untyped-decorator]
+def combine_rows(X: Tensor, P: Tensor) -> Tensor:
+    return X.new_empty(X.shape[1], P.shape[1])
+
+
+@torch.library.register_fake("hyperinf::image_rows")  # type: ignore[untyped-decorator]
+def image_rows(Z: Tensor, P: Tensor) -> Tensor:
+    return Z.new_empty(Z.shape)
 
 
 @torch.library.register_fake("hyperinf::per_sample_grad")  # type: ignore[untyped-decorator]

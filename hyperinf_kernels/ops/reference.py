@@ -21,6 +21,8 @@ Product = Callable[[Tensor, Tensor], Tensor]
 
 # per-sample gradients that are only reduced are formed in slices of at most this many numbers
 SLICE_NUMBERS = 1 << 24
+# products that are summed in fp32 before a fp64 sum takes over, where that is asked for
+RUN = 768
 
 
 def slices(count: int, numbers_each: int, most: int | None = None) -> Iterator[slice]:
@@ -94,22 +96,37 @@ def pairwise_dot(delta1: Tensor, act1: Tensor, delta2: Tensor, act2: Tensor, gho
 
 @implements("gfim_accumulate_")
 def gfim_accumulate_(
-    C: Tensor, grads: Tensor, act: Tensor | None = None, *, side: str, alpha: float
+    C: Tensor,
+    grads: Tensor,
+    act: Tensor | None = None,
+    *,
+    side: str,
+    alpha: float,
+    fine: bool = True,
 ) -> Tensor:
     lead = C.shape[:-2]
     if act is not None:
-        dtype = accumulation_dtype(C, grads, act)
+        dtype = accumulation_dtype(C, grads, act) if fine else accumulation_dtype(grads, act)
         delta, act = (samples(t, lead, 2).to(dtype) for t in (grads, act))
         for part in slices(delta.shape[-3], delta.shape[-1] * act.shape[-1]):
             formed = per_sample_grad(delta[..., part, :, :], act[..., part, :, :])
-            gfim_accumulate_(C, formed, side=side, alpha=alpha)
+            gfim_accumulate_(C, formed, side=side, alpha=alpha, fine=fine)
         return C
     stack = samples(grads if side == "cols" else grads.mT, lead, 1)
-    for part in slices(stack.shape[-2], stack.shape[-1]):
-        rows = stack[..., part, :].to(accumulation_dtype(C, stack))
+    runs = _in_runs(C, stack, fine)
+    for part in (
+        slices(stack.shape[-2], 1, RUN) if runs else slices(stack.shape[-2], stack.shape[-1])
+    ):
+        rows = stack[..., part, :].to(
+            accumulation_dtype(stack) if runs else accumulation_dtype(C, stack)
+        )
         # alpha may leave fp32's range when squared gradients are tiny, so it multiplies the product
         C.add_(rows.mT @ rows, alpha=alpha)
     return C
+
+
+def _in_runs(total: Tensor, rows: Tensor, fine: bool) -> bool:
+    return not fine and total.dtype == torch.float64 and rows.dtype != torch.float64
 
 
 def samples(tensor: Tensor, lead: torch.Size, keep: int) -> Tensor:
@@ -126,9 +143,30 @@ def apart(out: Tensor, tensor: Tensor) -> Tensor:
 
 
 @implements("gram_accumulate_")
-def gram_accumulate_(K: Tensor, G1: Tensor, G2: Tensor) -> Tensor:
+def gram_accumulate_(K: Tensor, G1: Tensor, G2: Tensor, *, fine: bool = True) -> Tensor:
+    if _in_runs(K, G1, fine) and _in_runs(K, G2, fine):
+        for part in slices(G1.shape[-1], 1, RUN):
+            K.add_(G1[..., part].float() @ G2[..., part].float().mT)
+        return K
     dtype = accumulation_dtype(K, G1, G2)
     return K.add_(G1.to(dtype) @ G2.to(dtype).mT)
+
+
+@implements("combine_rows")
+def combine_rows(X: Tensor, P: Tensor) -> Tensor:
+    out = X.new_zeros(X.shape[1], P.shape[1])
+    for part in slices(len(P), P.shape[1], 1 << 18):
+        out.addmm_(X[part].mT, P[part].double())
+    return out
+
+
+@implements("image_rows")
+def image_rows(Z: Tensor, P: Tensor) -> Tensor:
+    out = torch.zeros_like(Z)
+    for part in slices(len(P), P.shape[1], 1 << 18):
+        rows = P[part].double()
+        out.addmm_(Z @ rows.mT, rows)
+    return out
 
 
 @implements("sherman_morrison")

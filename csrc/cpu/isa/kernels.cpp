@@ -4,6 +4,7 @@
 #include "hyperinf/gram.h"
 #include "hyperinf/schulz.h"
 #include "hyperinf/sherman_morrison.h"
+#include "hyperinf/sketch.h"
 #include "hyperinf/spd_inverse.h"
 #include "hyperinf/thin.h"
 
@@ -31,6 +32,20 @@ static void gram64(const GramArgs& a) {
     gram_tile<double, float>(a);
 }
 
+static void combine(const SketchArgs& a) {
+  if (a.type == RowType::kBf16)
+    combine_rows<Bf16>(a);
+  else
+    combine_rows<float>(a);
+}
+
+static void image(const SketchArgs& a) {
+  if (a.type == RowType::kBf16)
+    image_rows<Bf16>(a);
+  else
+    image_rows<float>(a);
+}
+
 static void thin(const ThinArgs& a) {
   if (a.type == RowType::kBf16)
     thin_product<Bf16>(a);
@@ -38,6 +53,7 @@ static void thin(const ThinArgs& a) {
     thin_product<float>(a);
 }
 
-const Kernels kTable = {kLanes, slab, gram, gram64, thin, block_dot, schulz, spd_inverse_lanes};
+const Kernels kTable = {kLanes, slab, gram,      gram64, combine,
+                        image,  thin, block_dot, schulz, spd_inverse_lanes};
 
 }  // namespace hyperinf::HYPERINF_ISA

@@ -141,14 +141,22 @@ def _sums_as(
 
 
 @implements("gram_accumulate_", "triton", _refuse_sums, config=_sums_config)
-def gram_accumulate_(K: Tensor, G1: Tensor, G2: Tensor) -> Tensor:
+def gram_accumulate_(K: Tensor, G1: Tensor, G2: Tensor, *, fine: bool = True) -> Tensor:
+    del fine  # sums here are fp32
     return _add_products(K, G1.mT, G2.mT, 1.0, symmetric=G1 is G2)
 
 
 @implements("gfim_accumulate_", "triton", _refuse_sums, config=_gfim_config)
 def gfim_accumulate_(
-    C: Tensor, grads: Tensor, act: Tensor | None = None, *, side: str, alpha: float
+    C: Tensor,
+    grads: Tensor,
+    act: Tensor | None = None,
+    *,
+    side: str,
+    alpha: float,
+    fine: bool = True,
 ) -> Tensor:
+    del fine  # sums here are fp32
     lead = C.shape[:-2]
     if act is None and side == "rows" and SHORT * grads.shape[-2] <= grads.shape[-1]:
         # one product per sample: stacking the transposed gradients would copy all of them
