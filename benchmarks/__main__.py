@@ -10,6 +10,7 @@ from . import convergence as convergence  # registers itself
 from . import datainf as datainf
 from . import doors as doors
 from . import exact as exact
+from . import faces as faces
 from . import gpu as gpu
 from . import hooks as hooks
 from . import job as job

@@ -106,7 +106,7 @@ def shown(rows: Iterator[Measurement]) -> list[Measurement]:
         error = "" if row.error is None else f"  error {row.error:.1e}"
         rate = "" if row.work is None else f"  {row.work / row.median:.0f} {row.unit}/s"
         print(
-            f"  {row.case:58} {row.provider:28} {row.median:9.4f} s {row.ratio:8.2f}x{rate}{error}"
+            f"  {row.case:58} {row.provider:28} {row.median:9.4g} s {row.ratio:8.2f}x{rate}{error}"
             f"  {row.note}",
             flush=True,
         )

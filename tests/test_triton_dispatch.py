@@ -101,8 +101,10 @@ def test_what_the_machine_must_have(
 @pytest.fixture
 def fresh_probe() -> object:
     dispatch.capability.cache_clear()
+    dispatch._kept.clear()
     yield
     dispatch.capability.cache_clear()
+    dispatch._kept.clear()
 
 
 @pytest.mark.usefixtures("fresh_probe")

@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor
 
 from . import checks
-from .dispatch import call
+from .dispatch import checked, run
 from .reference import RUN as RUN
 
 Side = Literal["cols", "rows"]
@@ -46,33 +46,10 @@ def gfim_accumulate_(
         ValueError: shapes or devices do not fit, unknown side.
         TypeError: C is not fp32 or fp64, or an input is not floating point.
     """
-    if side not in ("cols", "rows"):
-        raise ValueError(f"side must be cols or rows, got {side!r}")
-    name = "grads" if act is None else "delta"
-    checks.floating(C=C, **{name: grads_or_delta})
-    checks.accumulator("C", C)
-    lead = C.shape[:-2]
-    if act is None:
-        size = grads_or_delta.shape[-1 if side == "cols" else -2] if grads_or_delta.ndim > 1 else -1
-        checks.agree(
-            grads_or_delta.ndim >= C.ndim
-            and grads_or_delta.shape[: len(lead)] == lead
-            and C.shape[-2:] == (size, size),
-            f"grads must be (..., B, r, d) and C the matching square for side={side!r}",
-            C=C, grads=grads_or_delta,
-        )  # fmt: skip
-        return call("gfim_accumulate_", (C, grads_or_delta), side=side, alpha=alpha, fine=fine)
-    checks.floating(C=C, act=act)
-    size = act.shape[-1] if side == "cols" else grads_or_delta.shape[-1]
-    checks.agree(
-        grads_or_delta.ndim >= C.ndim
-        and grads_or_delta.shape[:-1] == act.shape[:-1]
-        and grads_or_delta.shape[: len(lead)] == lead
-        and C.shape[-2:] == (size, size),
-        f"delta (..., B, T, r) and act (..., B, T, d) must fit C for side={side!r}",
-        C=C, delta=grads_or_delta, act=act,
-    )  # fmt: skip
-    return call("gfim_accumulate_", (C, grads_or_delta, act), side=side, alpha=alpha, fine=fine)
+    tensors = (C, grads_or_delta) if act is None else (C, grads_or_delta, act)
+    fit = _fit_grads if act is None else _fit_factors
+    ready = checked("gfim_accumulate_", fit, tensors, side)
+    return run(ready, tensors, side=side, alpha=alpha, fine=fine)
 
 
 def gram_accumulate_(
@@ -92,15 +69,58 @@ def gram_accumulate_(
         ValueError: shapes or devices do not fit.
         TypeError: K is not fp32 or fp64, or an input is not floating point.
     """
-    other = G1 if G2 is None else G2
-    checks.floating(K=K, G1=G1, G2=other)
-    checks.accumulator("K", K)
-    checks.at_least(2, "(..., n, D)", K=K, G1=G1, G2=other)
+    tensors = (K, G1, G1 if G2 is None else G2)
+    return run(checked("gram_accumulate_", _fit_gram, tensors), tensors, fine=fine)
+
+
+# --- what must hold of the tensors --------------------------------------------------------------
+
+
+def _fit_grads(C: Tensor, grads: Tensor, side: str) -> tuple[()]:
+    _fit_sum(C, side, grads=grads)
+    size = grads.shape[-1 if side == "cols" else -2] if grads.ndim > 1 else -1
+    lead = C.shape[:-2]
     checks.agree(
-        G1.shape[-1] == other.shape[-1]
-        and K.shape[:-2] == G1.shape[:-2] == other.shape[:-2]
-        and K.shape[-2:] == (G1.shape[-2], other.shape[-2]),
-        "K (..., n1, n2), G1 (..., n1, D) and G2 (..., n2, D) must fit",
-        K=K, G1=G1, G2=other,
+        grads.ndim >= C.ndim
+        and grads.shape[: len(lead)] == lead
+        and C.shape[-2:] == (size, size),
+        f"grads must be (..., B, r, d) and C the matching square for side={side!r}",
+        C=C, grads=grads,
     )  # fmt: skip
-    return call("gram_accumulate_", (K, G1, other), fine=fine)
+    return ()
+
+
+def _fit_factors(C: Tensor, delta: Tensor, act: Tensor, side: str) -> tuple[()]:
+    _fit_sum(C, side, delta=delta, act=act)
+    size = act.shape[-1] if side == "cols" else delta.shape[-1]
+    lead = C.shape[:-2]
+    checks.agree(
+        delta.ndim >= C.ndim
+        and delta.shape[:-1] == act.shape[:-1]
+        and delta.shape[: len(lead)] == lead
+        and C.shape[-2:] == (size, size),
+        f"delta (..., B, T, r) and act (..., B, T, d) must fit C for side={side!r}",
+        C=C, delta=delta, act=act,
+    )  # fmt: skip
+    return ()
+
+
+def _fit_sum(C: Tensor, side: str, **terms: Tensor) -> None:
+    if side not in ("cols", "rows"):
+        raise ValueError(f"side must be cols or rows, got {side!r}")
+    checks.floating(C=C, **terms)
+    checks.accumulator("C", C)
+
+
+def _fit_gram(K: Tensor, G1: Tensor, G2: Tensor) -> tuple[()]:
+    checks.floating(K=K, G1=G1, G2=G2)
+    checks.accumulator("K", K)
+    checks.at_least(2, "(..., n, D)", K=K, G1=G1, G2=G2)
+    checks.agree(
+        G1.shape[-1] == G2.shape[-1]
+        and K.shape[:-2] == G1.shape[:-2] == G2.shape[:-2]
+        and K.shape[-2:] == (G1.shape[-2], G2.shape[-2]),
+        "K (..., n1, n2), G1 (..., n1, D) and G2 (..., n2, D) must fit",
+        K=K, G1=G1, G2=G2,
+    )  # fmt: skip
+    return ()

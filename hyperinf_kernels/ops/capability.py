@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from . import native
-from .gpu import triton_missing
+from .gpu import LEAST_CAPABILITY, triton_missing
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,8 @@ class Capability:
 
     Attributes:
         missing: a backend -> the reason it cannot be used at all, and the remedy.
-        cuda: compute capability of the weakest visible CUDA device; None where there is none.
+        cuda: compute capability of the CUDA device, or of the weakest visible one; None where
+            there is none, or where the tensors are elsewhere.
         cuda_archs: what the extension's CUDA kernels were built for, as "sm_80" or "compute_90".
         isas: compiled instruction sets that the processor runs, best first.
     """
@@ -61,23 +62,38 @@ class Capability:
 
 
 @functools.cache
-def capability() -> Capability:
-    """Probe this machine once; each absent backend keeps its reason and remedy."""
-    missing = {}
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
-    cuda = min((torch.cuda.get_device_capability(k) for k in devices), default=None)
-    unfit = triton_missing(cuda)
-    if unfit:
-        missing["triton"] = unfit
+def capability(device: torch.device | None = None) -> Capability:
+    """Probe this machine once; each absent backend keeps its reason and remedy.
+
+    Args:
+        device: where the tensors are. None: the weakest visible GPU. The choice for tensors on a
+            CPU does not look at GPUs at all, since that would initialise CUDA in the process.
+    """
+    missing: dict[str, str] = {}
     unbuilt = native.missing()
     if unbuilt:
         missing["cpu"] = missing["cuda"] = unbuilt
-    elif not native.cuda_archs():
+    on_gpu = device is None or device.type == "cuda"
+    cuda = _weakest(device) if on_gpu else None
+    uninstalled = triton_missing(cuda if on_gpu else LEAST_CAPABILITY)
+    if uninstalled:
+        missing["triton"] = uninstalled
+    if not unbuilt and not native.cuda_archs():
         missing["cuda"] = f"the extension has no CUDA kernels: {native.no_cuda()}"
-    elif cuda is None:
+    elif not unbuilt and on_gpu and cuda is None:
         version = "no CUDA" if torch.version.cuda is None else f"CUDA {torch.version.cuda}"
         missing["cuda"] = (
             f"no CUDA device is visible to torch {torch.__version__}, which was built with "
             f"{version} (nvidia-smi and torch.cuda.is_available() tell which of the two it is)"
         )
     return Capability(missing, cuda, native.cuda_archs(), native.isas())
+
+
+def _weakest(device: torch.device | None) -> tuple[int, int] | None:
+    """Compute capability of the device, or the least of all that are visible."""
+    if device is not None:
+        return torch.cuda.get_device_capability(device)
+    if not torch.cuda.is_available():
+        return None
+    devices = range(torch.cuda.device_count())
+    return min((torch.cuda.get_device_capability(k) for k in devices), default=None)

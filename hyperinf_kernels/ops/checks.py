@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
+# tensors of torch's own tracers, which stand for plain ones
+TRACED = (FakeTensor, FunctionalTensor)
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -13,11 +17,12 @@ def show(tensor: Tensor) -> str:
 
 
 def floating(**tensors: Tensor) -> None:
-    """Every argument is a floating-point tensor, and all are on one device."""
+    """Every argument is a floating-point tensor with numbers of its own, all on one device."""
     first = None
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        plain(name, tensor)
         if tensor.dtype not in FLOATING:
             raise TypeError(f"{name} must be fp16, bf16, fp32 or fp64, got {show(tensor)}")
         first = first or (name, tensor)
@@ -26,6 +31,32 @@ def floating(**tensors: Tensor) -> None:
                 f"{name} is on {tensor.device} but {first[0]} is on {first[1].device}; "
                 "move them to one device"
             )
+
+
+def plain(name: str, tensor: Tensor) -> None:
+    """The tensor is strided memory with one number per entry, on a device that has it."""
+    if (remedy := unusual(tensor)) is not None:
+        raise TypeError(f"{name} must be a plain tensor, got {remedy}")
+
+
+def unusual(tensor: Tensor) -> str | None:
+    """What makes a tensor unfit for kernels and the way out of it, or None."""
+    kind = type(tensor)
+    if tensor.is_nested:
+        return "a nested one (pad it, or pass one row at a time)"
+    if tensor.layout != torch.strided:
+        return f"one of layout {str(tensor.layout).removeprefix('torch.')} (call .to_dense())"
+    if tensor.device.type == "meta":
+        return f"{show(tensor)}, which holds no numbers (load it first)"
+    if not torch.compiler.is_compiling() and tensor._is_zerotensor():
+        return "torch's immutable zero (call .clone())"
+    if tensor.is_quantized:
+        return "a quantised one (call .dequantize())"
+    # its numbers are not in its own memory
+    own_dispatch = kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
+    if own_dispatch and not issubclass(kind, TRACED):
+        return f"a {kind.__name__} (pass the tensor it wraps)"
+    return None
 
 
 def at_least(ndim: int, shape: str, **tensors: Tensor) -> None:

@@ -41,13 +41,9 @@ def _refuse_sherman_morrison(metas: tuple[TensorMeta, ...]) -> str | None:
 
 @implements("sherman_morrison", "cpu", _refuse_sherman_morrison)
 def sherman_morrison(V: Tensor, G: Tensor, lam: Tensor) -> Tensor:
-    batch = math.prod(V.shape[:-2])
-    out = torch.ops.hyperinf.sherman_morrison(
-        V.reshape(batch, *V.shape[-2:]).float().contiguous(),
-        G.reshape(batch, *G.shape[-2:]),
-        lam.reshape(batch).contiguous(),
-    )
-    return out.reshape(V.shape)
+    flat = lam[None] if lam.ndim == 0 else lam.reshape(-1).contiguous()
+    out = torch.ops.hyperinf.sherman_morrison(stacked(V).float().contiguous(), stacked(G), flat)
+    return out if V.ndim == 3 else out.view_as(V)
 
 
 def _refuse_factored(metas: tuple[TensorMeta, ...]) -> str | None:
@@ -57,7 +53,7 @@ def _refuse_factored(metas: tuple[TensorMeta, ...]) -> str | None:
 @implements("sherman_morrison_factored", "cpu", _refuse_factored)
 def sherman_morrison_factored(V: Tensor, delta: Tensor, act: Tensor, lam: Tensor) -> Tensor:
     """The mean over slices of gradients, each formed and read again while it is in cache."""
-    count, out = delta.shape[-3], torch.zeros(V.shape)
+    count, out = delta.shape[-3], torch.zeros(V.shape, dtype=torch.float32, device=V.device)
     flat, each = V.flatten(-2), math.prod(V.shape[:-3]) * V.shape[-2] * V.shape[-1]
     for part in reference.slices(count, each, CACHED_NUMBERS):
         rows = per_sample_grad(delta[..., part, :, :], act[..., part, :, :]).flatten(-2)
@@ -117,11 +113,12 @@ def _add_products(
     C: Tensor, X: Tensor, Y: Tensor | None, alpha: float, fine: bool = True
 ) -> Tensor:
     """C (..., n1, n2) += alpha X Y^T; without Y, X X^T."""
-    batch = math.prod(C.shape[:-2])
     runs = not fine and C.dtype == torch.float64 and X.dtype != torch.float64
-    rows = [
-        None if t is None else reference.apart(C, t).reshape(batch, *t.shape[-2:]) for t in (X, Y)
-    ]
+    rows = [None if t is None else stacked(reference.apart(C, t)) for t in (X, Y)]
+    if C.ndim <= 3:
+        torch.ops.hyperinf.gram_accumulate_(stacked(C), *rows, alpha, runs)
+        return C
+    batch = math.prod(C.shape[:-2])
     try:
         total = C.view(batch, *C.shape[-2:])
     except RuntimeError:
@@ -131,6 +128,13 @@ def _add_products(
         return C.add_(total.view(C.shape))
     torch.ops.hyperinf.gram_accumulate_(total, *rows, alpha, runs)
     return C
+
+
+def stacked(tensor: Tensor) -> Tensor:
+    """(..., n, D) as (b, n, D), the tensor itself where it is that already."""
+    if tensor.ndim == 3:
+        return tensor
+    return tensor[None] if tensor.ndim == 2 else tensor.flatten(0, -3)
 
 
 def _refuse_sketch(metas: tuple[TensorMeta, ...]) -> str | None:
@@ -158,32 +162,39 @@ def _refuse_factors(metas: tuple[TensorMeta, ...]) -> str | None:
 
 def _factors(*tensors: Tensor) -> tuple[Tensor, ...]:
     """(..., T, features) as (b, T, features) of one dtype, with unit column stride."""
-    flat = (t.reshape(math.prod(t.shape[:-2]), *t.shape[-2:]) for t in _alike(*tensors))
+    dtype = tensors[0].dtype
+    for t in tensors:
+        if t.ndim != 3 or t.dtype != dtype or t.stride()[2] != 1:
+            break
+    else:
+        return tensors
+    flat = map(stacked, _alike(*tensors))
     return tuple(t if t.shape[-1] <= 1 or t.stride(-1) == 1 else t.contiguous() for t in flat)
 
 
 @implements("per_sample_grad", "cpu", _refuse_factors)
 def per_sample_grad(delta: Tensor, act: Tensor) -> Tensor:
     grads = torch.ops.hyperinf.per_sample_grad(*_factors(delta, act))
-    return grads.reshape(*delta.shape[:-2], *grads.shape[-2:])
+    return grads if delta.ndim == 3 else grads.view(*delta.shape[:-2], *grads.shape[-2:])
 
 
 @implements("per_sample_norm_sq", "cpu", _refuse_factors)
 def per_sample_norm_sq(delta: Tensor, act: Tensor, ghost: bool) -> Tensor:
     norms = torch.ops.hyperinf.per_sample_norm_sq(*_factors(delta, act), ghost)
-    return norms.reshape(delta.shape[:-2])
+    return norms if delta.ndim == 3 else norms.view(delta.shape[:-2])
 
 
 @implements("per_sample_dot", "cpu", _refuse_factors)
 def per_sample_dot(delta: Tensor, act: Tensor, V: Tensor, ghost: bool) -> Tensor:
     # a tile of g costs as much as its ghost and stays in cache, so both methods run one kernel
     del ghost
-    lead = delta.shape[:-2]
+    lead, count = delta.shape[:-2], V.shape[0]
     delta, act = _factors(delta, act)
     V = V.float().contiguous()
-    if len(V) <= FEW_MATRICES:
-        return torch.ops.hyperinf.per_sample_dot(delta, act, V).reshape(*lead, len(V))
-    out = torch.zeros(len(delta), len(V))
+    if count <= FEW_MATRICES:
+        out = torch.ops.hyperinf.per_sample_dot(delta, act, V)
+        return out if len(lead) == 1 else out.view(*lead, count)
+    out = torch.zeros(len(delta), len(V), dtype=torch.float32, device=V.device)
     for part in reference.slices(len(delta), V.shape[1] * V.shape[2]):
         rows = torch.ops.hyperinf.per_sample_grad(delta[part], act[part]).flatten(1)
         _add_products(out[part], rows, V.flatten(1), 1.0)
@@ -192,8 +203,10 @@ def per_sample_dot(delta: Tensor, act: Tensor, V: Tensor, ghost: bool) -> Tensor
 
 @implements("pairwise_dot", "cpu", _refuse_factors)
 def pairwise_dot(delta1: Tensor, act1: Tensor, delta2: Tensor, act2: Tensor, ghost: bool) -> Tensor:
-    lead, n1, n2 = delta1.shape[:-3], delta1.shape[-3], delta2.shape[-3]
     factors = _factors(delta1, act1, delta2, act2)
+    if delta1.ndim == 3:
+        return torch.ops.hyperinf.pairwise_dot(*factors, ghost)
+    lead, n1, n2 = delta1.shape[:-3], delta1.shape[-3], delta2.shape[-3]
     if math.prod(lead) == 1:
         return torch.ops.hyperinf.pairwise_dot(*factors, ghost).reshape(*lead, n1, n2)
     d1, a1, d2, a2 = (
@@ -216,7 +229,7 @@ def _refuse_schulz(metas: tuple[TensorMeta, ...]) -> str | None:
 def schulz(A: Tensor, start: Tensor, steps: Sequence[Step]) -> tuple[Tensor, int]:
     batch = math.prod(A.shape[:-2])
     # every step's coefficients, in the order in which the schedule names them
-    table = torch.zeros(batch, len(steps), COEFFICIENTS)
+    table = torch.zeros(batch, len(steps), COEFFICIENTS, dtype=torch.float32, device=A.device)
     for k, step in enumerate(steps):
         for i, value in enumerate(step.coefficients.values()):
             table[:, k, i] = value.reshape(batch)

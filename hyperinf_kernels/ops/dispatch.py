@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -20,6 +20,9 @@ from torch import Tensor
 
 from .capability import Capability as Capability
 from .capability import capability as capability
+from .metadata import TensorMeta as TensorMeta
+from .metadata import derivative, key_of
+from .metadata import unfit as unfit
 
 log = logging.getLogger("hyperinf_kernels")
 
@@ -38,38 +41,6 @@ class Plan(NamedTuple):
     kernel: str
     config: Mapping[str, Any]
     reason: str
-
-
-class TensorMeta(NamedTuple):
-    """All that a choice may look at: never the values."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    device: str
-    stride: tuple[int, ...]
-    requires_grad: bool = False
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> TensorMeta:
-        return cls(
-            tuple(tensor.shape),
-            tensor.dtype,
-            tensor.device.type,
-            tuple(tensor.stride()),
-            tensor.requires_grad and torch.is_grad_enabled(),
-        )
-
-
-def unfit(metas: Iterable[TensorMeta], dtypes: Sequence[torch.dtype]) -> str | None:
-    """Why a kernel for these dtypes, without a backward, cannot take the tensors; or None."""
-    for meta in metas:
-        if meta.dtype not in dtypes:
-            *others, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
-            takes = f"{', '.join(others)} and {last}" if others else last
-            return f"takes {takes}, not {str(meta.dtype).removeprefix('torch.')}"
-        if meta.requires_grad:
-            return "has no backward, and an input requires grad"
-    return None
 
 
 def _nothing(_: Any) -> None:
@@ -153,7 +124,8 @@ def select(
         elif backend != "torch" and backend not in PREFERENCE.get(device, ()):
             refusal = f"{backend} kernels do not take {device} tensors"
         else:
-            refusal = kernel.refuse(metas)
+            # what is written in torch is differentiated by torch, and nothing else is
+            refusal = kernel.refuse(metas) or (derivative(metas) if backend != "torch" else None)
         if refusal is None and kernel is not None:
             reason = "; ".join(f"{b}: {why}" for b, why in refusals) or "first choice"
             config = {**machine.settings(backend), **kernel.config(metas, machine)}
@@ -181,27 +153,129 @@ def resolve(
     if isa:
         machine = replace(machine, isas=(isa,))
     plan = select(op, metas, machine, requested)
-    on_cuda = any(meta.device == "cuda" for meta in metas)
-    wide = any(meta.dtype == torch.float64 for meta in metas)
-    slow = requested == "auto" and plan.backend == "torch" and on_cuda and not wide
-    if environment.get("HYPERINF_STRICT", "0") == "1" and (
-        slow or requested not in ("auto", plan.backend)
-    ):
-        raise BackendError(f"{op} would fall back to plain torch: {plan.reason}")
+    slow = requested == "auto" and _slow(plan, metas)
+    if slow or requested not in ("auto", plan.backend):
+        _refuse_if_strict(op, plan, environment)
     return plan, slow
 
 
-def _plan(op: str, tensors: tuple[Tensor, ...]) -> Plan:
-    plan, slow = resolve(op, tuple(map(TensorMeta.of, tensors)), capability(), os.environ)
-    if slow:
-        _warn_once(op, plan.reason)
-    return plan
+def _slow(plan: Plan, metas: tuple[TensorMeta, ...]) -> bool:
+    on_cuda = any(meta.device == "cuda" for meta in metas)
+    wide = any(meta.dtype == torch.float64 for meta in metas)
+    return plan.backend == "torch" and on_cuda and not wide
+
+
+def _refuse_if_strict(op: str, plan: Plan, environment: Mapping[str, str]) -> None:
+    if environment.get("HYPERINF_STRICT", "0") == "1":
+        raise BackendError(f"{op} would fall back to plain torch: {plan.reason}")
+
+
+class Ready(NamedTuple):
+    """A call whose tensors fit together and whose kernel is chosen."""
+
+    op: str
+    plan: Plan
+    device: str
+    options: tuple[Any, ...]  # what else the kernel is told about the tensors
+    slow: bool
+    fallback: bool  # what strict mode refuses
+
+
+MOST_KEPT = 4096
+_kept: dict[tuple[Hashable, ...], Ready] = {}
+
+
+def checked(
+    op: str, check: Callable[..., tuple[Any, ...]], tensors: tuple[Tensor, ...], *options: Hashable
+) -> Ready:
+    """The tensors checked and the kernel chosen, once for all tensors of the same metadata.
+
+    Args:
+        check: called with `*tensors, *options`; raises for what does not fit, and returns the
+            kernel's further arguments that follow from shapes and options. It reads no value.
+
+    Raises:
+        BackendError: as `resolve`. Others: whatever `check` raises.
+    """
+    if torch.compiler.is_compiling():
+        return _prepare(op, check, tensors, options)
+    key = key_of(tensors, op, check, options, os.environ.get("HYPERINF_BACKEND"))
+    ready = None if key is None else _kept.get(key)
+    if ready is None:
+        ready = _prepare(op, check, tensors, options)
+        if key is not None:
+            if len(_kept) >= MOST_KEPT:
+                _kept.clear()
+            _kept[key] = ready
+    if ready.fallback:
+        _refuse_if_strict(op, ready.plan, os.environ)
+    return ready
+
+
+def _prepare(
+    op: str,
+    check: Callable[..., tuple[Any, ...]],
+    tensors: tuple[Tensor, ...],
+    options: tuple[Hashable, ...],
+) -> Ready:
+    further = check(*tensors, *options)
+    device = tensors[0].device if tensors else torch.device("cpu")
+    plan, slow, fallback = _chosen(op, tuple(map(TensorMeta.of, tensors)), device)
+    return Ready(op, plan, device.type, further, slow, fallback)
+
+
+def _chosen(
+    op: str, metas: tuple[TensorMeta, ...], device: torch.device
+) -> tuple[Plan, bool, bool]:
+    plan, slow = resolve(op, metas, capability(device), os.environ)
+    requested = os.environ.get("HYPERINF_BACKEND", "auto")
+    return plan, slow, slow or requested not in ("auto", plan.backend)
+
+
+# torch.compile asks once, while it traces, as torch.compiler.assume_constant_result would have it;
+# that one imports the compiler, which takes longer than everything else here
+_chosen._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def run(ready: Ready, tensors: tuple[Tensor, ...], *args: Any, **kwargs: Any) -> Any:
+    """Run the chosen kernel on `*tensors, *args, **kwargs`, recorded, and outside autocast."""
+    op, plan, device, _, slow, _ = ready
+    if not torch.compiler.is_compiling() and (
+        _traces or slow or plan.backend not in _used.get(op, ())
+    ):
+        _record(ready, tensors)
+    kernel = KERNELS[op][plan.backend].run
+    # the inputs' dtypes decide: autocast would round the sums of whatever is written in torch
+    if device in PREFERENCE and torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return kernel(*tensors, *args, **kwargs)
+    return kernel(*tensors, *args, **kwargs)
+
+
+def call(op: str, tensors: tuple[Tensor, ...], *args: Any, **kwargs: Any) -> Any:
+    """Run `op` on tensors that are known to fit: the kernel gets `*tensors, *args, **kwargs`."""
+    return run(checked(op, _fit, tensors), tensors, *args, **kwargs)
+
+
+def _fit(*_: Any) -> tuple[()]:
+    return ()
 
 
 # an op is warned of once, and logged once per backend, whatever the reasons of later calls
 _warned: set[str] = set()
 _used: dict[str, set[str]] = {}
 _traces: list[list[Plan]] = []
+
+
+def _record(ready: Ready, tensors: tuple[Tensor, ...]) -> None:
+    op, plan = ready.op, ready.plan
+    _log_once(op, plan)
+    if ready.slow:
+        _warn_once(op, plan.reason)
+    if _traces:
+        told = _plan(op, tensors)
+        for trace in _traces:
+            trace.append(told)
 
 
 def _warn_once(op: str, reason: str) -> None:
@@ -219,19 +293,9 @@ def _log_once(op: str, plan: Plan) -> None:
         log.info("%s runs on %s (%s; %s)", op, plan.backend, plan.kernel, plan.reason)
 
 
-def call(op: str, tensors: tuple[Tensor, ...], *args: Any, **kwargs: Any) -> Any:
-    """Run `op`, outside autocast: the chosen kernel gets `*tensors, *args, **kwargs`."""
-    plan = _plan(op, tensors)
-    for trace in _traces:
-        trace.append(plan)
-    _log_once(op, plan)
-    run = KERNELS[op][plan.backend].run
-    device = tensors[0].device.type if tensors else "cpu"
-    # the inputs' dtypes decide: autocast would round the sums of whatever is written in torch
-    if device in PREFERENCE and torch.is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):
-            return run(*tensors, *args, **kwargs)
-    return run(*tensors, *args, **kwargs)
+def _plan(op: str, tensors: tuple[Tensor, ...]) -> Plan:
+    # compiled kernels read this variable themselves, so only what is told depends on it
+    return checked(op, _fit, tensors, os.environ.get("HYPERINF_CPU_ISA")).plan
 
 
 def explain(op: str, *tensors: Tensor) -> Plan:

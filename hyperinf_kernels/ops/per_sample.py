@@ -12,7 +12,7 @@ from typing import Literal
 from torch import Tensor
 
 from . import checks
-from .dispatch import call
+from .dispatch import checked, run
 
 Method = Literal["auto", "materialise", "ghost"]
 
@@ -45,8 +45,8 @@ def per_sample_grad(delta: Tensor, act: Tensor) -> Tensor:
     Raises:
         ValueError: shapes or devices do not fit. TypeError: not floating-point tensors.
     """
-    _check_pair(delta, act)
-    return call("per_sample_grad", (delta, act))
+    tensors = (delta, act)
+    return run(checked("per_sample_grad", _fit_pair, tensors), tensors)
 
 
 def per_sample_norm_sq(delta: Tensor, act: Tensor, method: Method = "auto") -> Tensor:
@@ -63,10 +63,9 @@ def per_sample_norm_sq(delta: Tensor, act: Tensor, method: Method = "auto") -> T
     Raises:
         ValueError: shapes or devices do not fit, unknown method. TypeError: not floating point.
     """
-    _check_pair(delta, act)
-    tokens, rows, cols = delta.shape[-2], delta.shape[-1], act.shape[-1]
-    ghost = _ghost(method, prefer_ghost_norm(tokens, rows, cols))
-    return call("per_sample_norm_sq", (delta, act), ghost)
+    tensors = (delta, act)
+    ready = checked("per_sample_norm_sq", _fit_norm, tensors, method)
+    return run(ready, tensors, *ready.options)
 
 
 def per_sample_dot(delta: Tensor, act: Tensor, V: Tensor, method: Method = "auto") -> Tensor:
@@ -83,18 +82,10 @@ def per_sample_dot(delta: Tensor, act: Tensor, V: Tensor, method: Method = "auto
     Raises:
         ValueError: shapes or devices do not fit, unknown method. TypeError: not floating point.
     """
-    _check_pair(delta, act)
-    checks.floating(delta=delta, V=V)
-    checks.agree(
-        V.ndim in (2, 3) and V.shape[-2:] == (delta.shape[-1], act.shape[-1]),
-        "V must be (m, O, I) or (O, I) for delta (..., T, O), act (..., T, I)",
-        V=V, delta=delta, act=act,
-    )  # fmt: skip
-    stack = V if V.ndim == 3 else V.unsqueeze(0)
-    tokens, rows, cols = delta.shape[-2], delta.shape[-1], act.shape[-1]
-    ghost = _ghost(method, prefer_ghost_dot(tokens, rows, cols, len(stack)))
-    out = call("per_sample_dot", (delta, act, stack), ghost)
-    return out if V.ndim == 3 else out.squeeze(-1)
+    ready = checked("per_sample_dot", _fit_dot, (delta, act, V), method)
+    if V.ndim == 3:
+        return run(ready, (delta, act, V), *ready.options)
+    return run(ready, (delta, act, V.unsqueeze(0)), *ready.options).squeeze(-1)
 
 
 def pairwise_dot(delta1: Tensor, act1: Tensor, delta2: Tensor, act2: Tensor) -> Tensor:
@@ -110,8 +101,50 @@ def pairwise_dot(delta1: Tensor, act1: Tensor, delta2: Tensor, act2: Tensor) -> 
     Raises:
         ValueError: shapes or devices do not fit. TypeError: not floating point.
     """
-    _check_pair(delta1, act1, "delta1", "act1")
-    _check_pair(delta2, act2, "delta2", "act2")
+    tensors = (delta1, act1, delta2, act2)
+    ready = checked("pairwise_dot", _fit_pairs, tensors)
+    return run(ready, tensors, *ready.options)
+
+
+# --- what must hold of the tensors, and the form that their shapes ask for ----------------------
+
+
+def _fit_pair(
+    delta: Tensor, act: Tensor, delta_name: str = "delta", act_name: str = "act"
+) -> tuple[()]:
+    named = {delta_name: delta, act_name: act}
+    checks.floating(**named)
+    checks.at_least(2, "(..., T, features)", **named)
+    checks.agree(
+        delta.shape[:-1] == act.shape[:-1],
+        f"{delta_name} (..., T, O) and {act_name} (..., T, I) must differ in the last size only",
+        **named,
+    )
+    return ()
+
+
+def _fit_norm(delta: Tensor, act: Tensor, method: str) -> tuple[bool]:
+    _fit_pair(delta, act)
+    tokens, rows, cols = delta.shape[-2], delta.shape[-1], act.shape[-1]
+    return (_ghost(method, prefer_ghost_norm(tokens, rows, cols)),)
+
+
+def _fit_dot(delta: Tensor, act: Tensor, V: Tensor, method: str) -> tuple[bool]:
+    _fit_pair(delta, act)
+    checks.floating(delta=delta, V=V)
+    checks.agree(
+        V.ndim in (2, 3) and V.shape[-2:] == (delta.shape[-1], act.shape[-1]),
+        "V must be (m, O, I) or (O, I) for delta (..., T, O), act (..., T, I)",
+        V=V, delta=delta, act=act,
+    )  # fmt: skip
+    count = len(V) if V.ndim == 3 else 1
+    tokens, rows, cols = delta.shape[-2], delta.shape[-1], act.shape[-1]
+    return (_ghost(method, prefer_ghost_dot(tokens, rows, cols, count)),)
+
+
+def _fit_pairs(delta1: Tensor, act1: Tensor, delta2: Tensor, act2: Tensor) -> tuple[bool]:
+    _fit_pair(delta1, act1, "delta1", "act1")
+    _fit_pair(delta2, act2, "delta2", "act2")
     checks.floating(delta1=delta1, delta2=delta2)
     checks.at_least(3, "(..., B, T, O)", delta1=delta1, delta2=delta2)
     checks.agree(
@@ -122,21 +155,7 @@ def pairwise_dot(delta1: Tensor, act1: Tensor, delta2: Tensor, act2: Tensor) -> 
         delta1=delta1, act1=act1, delta2=delta2, act2=act2,
     )  # fmt: skip
     tokens = max(delta1.shape[-2], delta2.shape[-2])
-    ghost = prefer_ghost_pairwise(tokens, delta1.shape[-1], act1.shape[-1])
-    return call("pairwise_dot", (delta1, act1, delta2, act2), ghost)
-
-
-def _check_pair(
-    delta: Tensor, act: Tensor, delta_name: str = "delta", act_name: str = "act"
-) -> None:
-    named = {delta_name: delta, act_name: act}
-    checks.floating(**named)
-    checks.at_least(2, "(..., T, features)", **named)
-    checks.agree(
-        delta.shape[:-1] == act.shape[:-1],
-        f"{delta_name} (..., T, O) and {act_name} (..., T, I) must differ in the last size only",
-        **named,
-    )
+    return (prefer_ghost_pairwise(tokens, delta1.shape[-1], act1.shape[-1]),)
 
 
 def _ghost(method: str, cheaper: bool) -> bool:

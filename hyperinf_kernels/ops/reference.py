@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .checks import accumulation_dtype
+from .checks import TRACED, accumulation_dtype
 from .dispatch import implements
 from .schedule import Step
 
@@ -46,15 +46,15 @@ def per_sample_grad(delta: Tensor, act: Tensor) -> Tensor:
 def per_sample_norm_sq(delta: Tensor, act: Tensor, ghost: bool) -> Tensor:
     lead, (tokens, rows), cols = delta.shape[:-2], delta.shape[-2:], act.shape[-1]
     delta, act = samples(delta, torch.Size(), 2), samples(act, torch.Size(), 2)
-    out = torch.empty(len(delta), dtype=accumulation_dtype(delta, act), device=delta.device)
+    out = [delta.new_empty(0, dtype=accumulation_dtype(delta, act))]
     for part in slices(len(delta), tokens * tokens if ghost else rows * cols):
         d, a = _widen(delta[part], act[part])
         if ghost:
             # cancellation can leave a sum of squares slightly below zero
-            out[part] = ((d @ d.mT) * (a @ a.mT)).sum((-2, -1)).clamp_min(0)
+            out.append(((d @ d.mT) * (a @ a.mT)).sum((-2, -1)).clamp_min(0))
         else:
-            out[part] = (d.mT @ a).square().sum((-2, -1))
-    return out.reshape(lead)
+            out.append((d.mT @ a).square().sum((-2, -1)))
+    return torch.cat(out).reshape(lead)
 
 
 @implements("per_sample_dot")
@@ -63,14 +63,14 @@ def per_sample_dot(delta: Tensor, act: Tensor, V: Tensor, ghost: bool) -> Tensor
     delta, act = samples(delta, torch.Size(), 2), samples(act, torch.Size(), 2)
     dtype = accumulation_dtype(delta, act, V)
     V = V.to(dtype)
-    out = torch.empty(len(delta), len(V), dtype=dtype, device=delta.device)
+    out = [V.new_empty(0, len(V))]
     for part in slices(len(delta), tokens * len(V) * rows if ghost else rows * cols):
         d, a = delta[part].to(dtype), act[part].to(dtype)
         if ghost:
-            out[part] = torch.einsum("btmo,bto->bm", torch.einsum("bti,moi->btmo", a, V), d)
+            out.append(torch.einsum("btmo,bto->bm", torch.einsum("bti,moi->btmo", a, V), d))
         else:
-            out[part] = (d.mT @ a).flatten(1) @ V.flatten(1).mT
-    return out.reshape(*lead, len(V))
+            out.append((d.mT @ a).flatten(1) @ V.flatten(1).mT)
+    return torch.cat(out).reshape(*lead, len(V))
 
 
 @implements("pairwise_dot")
@@ -78,7 +78,7 @@ def pairwise_dot(delta1: Tensor, act1: Tensor, delta2: Tensor, act2: Tensor, gho
     dtype = accumulation_dtype(delta1, act1, delta2, act2)
     lead, (samples, tokens, rows) = delta1.shape[:-3], delta1.shape[-3:]
     cols = act1.shape[-1]
-    out = torch.empty(*lead, samples, delta2.shape[-3], dtype=dtype, device=delta1.device)
+    out = [delta1.new_empty(*lead, 0, delta2.shape[-3], dtype=dtype)]
     d2, a2 = delta2.to(dtype), act2.to(dtype)
     if ghost:
         d2, a2 = d2.unsqueeze(-4), a2.unsqueeze(-4)
@@ -88,10 +88,10 @@ def pairwise_dot(delta1: Tensor, act1: Tensor, delta2: Tensor, act2: Tensor, gho
         d1, a1 = delta1[..., part, :, :].to(dtype), act1[..., part, :, :].to(dtype)
         if ghost:
             pairs = (d1.unsqueeze(-3) @ d2.mT) * (a1.unsqueeze(-3) @ a2.mT)
-            out[..., part, :] = pairs.sum((-2, -1))
+            out.append(pairs.sum((-2, -1)))
         else:
-            out[..., part, :] = (d1.mT @ a1).flatten(-2) @ g2.mT
-    return out
+            out.append((d1.mT @ a1).flatten(-2) @ g2.mT)
+    return torch.cat(out, -2)
 
 
 @implements("gfim_accumulate_")
@@ -131,13 +131,16 @@ def _in_runs(total: Tensor, rows: Tensor, fine: bool) -> bool:
 
 def samples(tensor: Tensor, lead: torch.Size, keep: int) -> Tensor:
     """Join all dimensions between the batch's and the last `keep` ones."""
-    shape = tensor.shape
-    joined = math.prod(shape[len(lead) : len(shape) - keep])
-    return tensor.reshape(*lead, joined, *shape[len(shape) - keep :])
+    if tensor.ndim == len(lead) + keep:
+        return tensor.unsqueeze(len(lead))
+    return tensor.flatten(len(lead), -1 - keep)
 
 
 def apart(out: Tensor, tensor: Tensor) -> Tensor:
     """`tensor`, copied if it shares storage with `out`: kernels write one while they read both."""
+    # traced tensors have no memory; the compiled op refuses what overlaps when it runs
+    if torch.compiler.is_compiling() or isinstance(out, TRACED):
+        return tensor
     shared = out.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
     return tensor.clone() if shared else tensor
 

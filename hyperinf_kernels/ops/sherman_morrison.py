@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from . import checks
-from .dispatch import call
+from .dispatch import checked, run
 
 
 def sherman_morrison(
@@ -36,16 +39,40 @@ def sherman_morrison(
         ValueError: shapes or devices do not fit, n = 0, or damping is not positive and finite.
         TypeError: V or the rows are not floating-point tensors.
     """
-    if act is None:
-        checks.floating(V=V, G=G)
-        checks.at_least(2, "(..., rows, D)", V=V, G=G)
-        checks.agree(
-            V.shape[:-2] == G.shape[:-2] and V.shape[-1] == G.shape[-1],
-            "V (..., m, D) and G (..., n, D) must share batch dimensions and D", V=V, G=G,
-        )  # fmt: skip
-        checks.agree(G.shape[-2] > 0, "G must hold at least one training row", G=G)
-        return call("sherman_morrison", (V, G, _damping(damping, V.shape[:-2], V, G)))
-    delta = G
+    rows = (V, G) if act is None else (V, G, act)
+    op, fit = _FORMS[act is None]
+    if isinstance(damping, Tensor):
+        # it takes part in the choice, lest a kernel without a backward drops its gradient
+        ready = checked(op, fit, (*rows, damping))
+        lam = _read(damping, *ready.options).to(V.device)
+    else:
+        ready = checked(op, fit, rows)
+        batch, dtype = ready.options
+        if not _POSITIVE[dtype][0] < damping < _POSITIVE[dtype][1]:
+            raise ValueError(f"damping must be positive and finite, got {damping}")
+        # filled in without the host waiting for the device
+        lam = torch.full(batch, damping, dtype=dtype, device=V.device)
+    return run(ready, (*rows, lam))
+
+
+# numbers between these are positive and finite once rounded to the dtype
+_POSITIVE = {torch.float32: (2.0**-150, 2.0**128 - 2.0**103), torch.float64: (0.0, math.inf)}
+
+
+def _fit(V: Tensor, G: Tensor, damping: Tensor | None = None) -> tuple[torch.Size, torch.dtype]:
+    checks.floating(V=V, G=G)
+    checks.at_least(2, "(..., rows, D)", V=V, G=G)
+    checks.agree(
+        V.shape[:-2] == G.shape[:-2] and V.shape[-1] == G.shape[-1],
+        "V (..., m, D) and G (..., n, D) must share batch dimensions and D", V=V, G=G,
+    )  # fmt: skip
+    checks.agree(G.shape[-2] > 0, "G must hold at least one training row", G=G)
+    return _fit_damping(damping, V.shape[:-2]), checks.accumulation_dtype(V, G)
+
+
+def _fit_factored(
+    V: Tensor, delta: Tensor, act: Tensor, damping: Tensor | None = None
+) -> tuple[torch.Size, torch.dtype]:
     checks.floating(V=V, delta=delta, act=act)
     checks.at_least(3, "(..., m, O, I)", V=V)
     checks.at_least(3, "(..., n, T, features)", delta=delta, act=act)
@@ -57,24 +84,30 @@ def sherman_morrison(
         V=V, delta=delta, act=act,
     )  # fmt: skip
     checks.agree(delta.shape[-3] > 0, "delta must hold at least one training row", delta=delta)
-    lam = _damping(damping, V.shape[:-3], V, delta, act)
-    return call("sherman_morrison_factored", (V, delta, act, lam))
+    return _fit_damping(damping, V.shape[:-3]), checks.accumulation_dtype(V, delta, act)
 
 
-def _damping(damping: float | Tensor, batch: torch.Size, *tensors: Tensor) -> Tensor:
-    """Damping as a tensor of the batch's shape, in the dtype of the sums."""
-    dtype, device = checks.accumulation_dtype(*tensors), tensors[0].device
-    # a number is checked and filled in without the host waiting for the device
-    given = torch.as_tensor(damping, dtype=dtype)
+_FORMS: dict[bool, tuple[str, Callable[..., tuple[torch.Size, torch.dtype]]]] = {
+    True: ("sherman_morrison", _fit),
+    False: ("sherman_morrison_factored", _fit_factored),
+}
+
+
+def _fit_damping(damping: Tensor | None, batch: torch.Size) -> torch.Size:
+    """The batch's shape, to which the damping must broadcast."""
+    if damping is None:
+        return batch
+    checks.plain("damping", damping)
+    shape = damping.shape
+    sizes = zip(reversed(shape), reversed(batch), strict=False)
+    if len(shape) > len(batch) or any(own not in (1, size) for own, size in sizes):
+        raise ValueError(f"damping {tuple(shape)} does not broadcast to the batch {tuple(batch)}")
+    return batch
+
+
+def _read(damping: Tensor, batch: torch.Size, dtype: torch.dtype) -> Tensor:
+    """The damping in the dtype of the sums and of the batch's shape, once its values are fit."""
+    given = damping.to(dtype)
     if not bool(((given > 0) & torch.isfinite(given)).all()):
         raise ValueError(f"damping must be positive and finite, got {damping}")
-    if isinstance(damping, Tensor):
-        lam = given.to(device)
-    else:
-        lam = torch.full((), damping, dtype=dtype, device=device)
-    try:
-        return lam.expand(batch)
-    except RuntimeError:
-        raise ValueError(
-            f"damping {tuple(lam.shape)} does not broadcast to the batch {tuple(batch)}"
-        ) from None
+    return given.expand(batch)

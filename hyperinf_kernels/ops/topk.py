@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .dispatch import call
+from .dispatch import checked, run
 
 LAST_POSITION = 2**31  # positions are packed into 31 bits beside the score
 
@@ -46,8 +46,19 @@ def topk_merge_(
         ValueError: shapes, devices or layouts do not fit, positions outside [0, 2^31).
         TypeError: a dtype does not fit.
     """
+    tensors = (values, positions, scores)
+    ready = checked("topk_merge_", _fit, tensors)
+    if not 0 <= first <= first + scores.shape[1] <= LAST_POSITION:
+        raise ValueError(
+            f"positions must lie in [0, 2^31), got {first} to {first + scores.shape[1]}"
+        )
+    run(ready, tensors, first, largest)
+
+
+def _fit(values: Tensor, positions: Tensor, scores: Tensor) -> tuple[()]:
     checks.floating(values=values, scores=scores)
     checks.accumulator("values", values)
+    checks.plain("positions", positions)
     if scores.dtype != values.dtype or positions.dtype != torch.int64:
         raise TypeError(
             f"scores must have the dtype of values and positions int64, got values "
@@ -64,8 +75,4 @@ def topk_merge_(
         "values and positions must be contiguous (m, k) and scores (m, B), on one device",
         values=values, positions=positions, scores=scores,
     )  # fmt: skip
-    if not 0 <= first <= first + scores.shape[1] <= LAST_POSITION:
-        raise ValueError(
-            f"positions must lie in [0, 2^31), got {first} to {first + scores.shape[1]}"
-        )
-    call("topk_merge_", (values, positions, scores), first, largest)
+    return ()

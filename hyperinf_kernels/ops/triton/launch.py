@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -76,3 +77,18 @@ def slice_samples(tokens: int, rows: int, columns: int, width: int, arch: int) -
 def chunk_rows(columns: int, bytes_each: int, arch: int, block: int) -> int:
     """Rows per chunk: `l2_share`, in whole row blocks."""
     return max(block, l2_share(arch) // (columns * bytes_each) // block * block)
+
+
+def uploaded(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Keep what `make` sends to a device, since an upload makes the host wait for the device."""
+    kept = functools.cache(make)
+
+    @functools.wraps(make)
+    def constant(*args: Hashable) -> Tensor:
+        # what a mode makes of it, a tensor without data perhaps, belongs to the mode
+        if torch._C._len_torch_dispatch_stack():
+            return make(*args)
+        with torch.inference_mode(False):
+            return kept(*args)
+
+    return constant

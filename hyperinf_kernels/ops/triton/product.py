@@ -12,7 +12,6 @@ and the squared Frobenius norm of out1 per tile, so every Schulz step of degree 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -21,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import choose
-from .launch import arch_of, on_device, precision_here
+from .launch import arch_of, on_device, precision_here, uploaded
 from .raster import raster
 from .tile import dot
 
@@ -165,6 +164,6 @@ def _packed(
     return torch.stack(columns, 1)
 
 
-@functools.cache
+@uploaded
 def _constant(value: float, device: torch.device) -> Tensor:
-    return torch.tensor(value, device=device)
+    return torch.tensor(value, dtype=torch.float32, device=device)

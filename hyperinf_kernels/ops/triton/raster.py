@@ -6,15 +6,15 @@ that runs.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
+
+from .launch import uploaded
 
 GROUP = 8  # tile rows walked together, so that a wave of programs shares operands in L2
 
 
-@functools.cache
+@uploaded
 def raster(rows: int, cols: int, symmetric: bool, device: torch.device) -> Tensor:
     """(count, 2) int32 pairs (row tile, column tile); with `symmetric` only row <= column."""
     return torch.tensor(order(rows, cols, symmetric), dtype=torch.int32, device=device)

@@ -6,7 +6,6 @@ tensors only and no value is read back by the host.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from ..schedule import PRODUCTS, Step
 from .configs import choose
-from .launch import L2_BYTES, MULTIPROCESSORS, WORD, arch_of, on_device, precision_here
+from .launch import L2_BYTES, MULTIPROCESSORS, WORD, arch_of, on_device, precision_here, uploaded
 from .product import product
 from .registers import _schulz_registers_kernel
 from .resident import SLOTS, _schulz_resident_kernel
@@ -32,7 +31,7 @@ RESIDENT_PROGRAMS = 2  # per multiprocessor, while the scratch of all of them st
 
 def packed(steps: Sequence[Step], batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Coefficients (steps, batch, 8) in fp32 and degrees (steps,) in int32."""
-    zero = torch.zeros(batch, device=device)
+    zero = torch.zeros(batch, dtype=torch.float32, device=device)
     columns = []
     for step in steps:
         names = COEFFICIENTS[step.degree]
@@ -44,7 +43,7 @@ def packed(steps: Sequence[Step], batch: int, device: torch.device) -> tuple[Ten
     return table, _degrees(tuple(s.degree for s in steps), device)
 
 
-@functools.cache
+@uploaded
 def _degrees(chain: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(chain, dtype=torch.int32, device=device)
 
