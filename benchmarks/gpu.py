@@ -2,7 +2,7 @@
 
 Inputs are rotated so that no call finds its operands in L2. A time is the median of interleaved
 samples, each of several launches between two synchronisations; errors are against fp64. The note of
-our rows is the share of the computed floor (`hyperinf_kernels.roofline`) that was reached.
+our rows is the share of the computed floor (`hyperinf_kernels.ops.roofline`) that was reached.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hyperinf_kernels import roofline
-from hyperinf_kernels.ops import dispatch, reference, schedule
+from hyperinf_kernels.ops import dispatch, reference, roofline, schedule
 from hyperinf_kernels.ops.dispatch import KERNELS
 from hyperinf_kernels.ops.schedule import Step
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import hyperinf_kernels as hk
+from hyperinf_kernels.runs.scoring import Data, gradients
 from hyperinf_kernels.solvers import make_solver
-from hyperinf_kernels.tasks.scoring import Data, gradients
 
 from . import published, setting
 from .registry import Measurement, benchmark, measurements

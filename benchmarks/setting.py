@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from hyperinf_kernels.tasks import models, sentences
-from hyperinf_kernels.tasks.rows import Row, read_rows
-from hyperinf_kernels.tasks.text import Batches, encode, pad
+from hyperinf_kernels.experiments import sentences
+from hyperinf_kernels.workloads import models
+from hyperinf_kernels.workloads.rows import Row, read_rows
+from hyperinf_kernels.workloads.text import Batches, encode, pad
 
 
 def lora_model() -> tuple[nn.Module, Any]:

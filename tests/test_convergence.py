@@ -16,8 +16,8 @@ import torch
 
 import hyperinf_kernels as hk
 from hyperinf_kernels import cli
+from hyperinf_kernels.experiments import convergence
 from hyperinf_kernels.ops import calibration, costs
-from hyperinf_kernels.tasks import convergence
 from tests import oracle
 
 Command = Callable[..., tuple[int, str, str]]
@@ -246,7 +246,7 @@ def test_damaged_rates_are_named_and_nothing_is_left_behind(
 def test_the_new_commands_import_no_figure_library_by_themselves() -> None:
     assert importlib.util.find_spec("matplotlib") is not None
     probe = (
-        "import sys, hyperinf_kernels.commands, hyperinf_kernels.tasks.convergence_figure; "
+        "import sys, hyperinf_kernels.cli.app, hyperinf_kernels.experiments.convergence_figure; "
         "sys.exit('matplotlib' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", probe], check=False).returncode == 0

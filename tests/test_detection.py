@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hyperinf_kernels.tasks.detection import (
+from hyperinf_kernels.experiments.detection import (
     detection_curve,
     mean_sd,
     recall_at,

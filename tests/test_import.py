@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -128,6 +130,61 @@ print(json.dumps([bare, whole, sorted(brought & set({EXTRAS!r}))]))
 def test_torch_is_not_imported_before_a_name_is_used() -> None:
     ran = run("import sys, hyperinf_kernels; sys.exit('torch' in sys.modules)")
     assert ran.returncode == 0, ran.stderr
+
+
+# from the top of the house down; a module beside the rooms stands below all of them
+ROOMS = ("__main__", "cli", "jobs", "integrations", "experiments", "workloads", "runs",
+         "attribution", "report", "store", "gradients", "solvers", "ops")  # fmt: skip
+
+
+def imports() -> Iterator[tuple[str, str]]:
+    """(module, module it imports) inside the package, those inside functions too."""
+    modules = {}
+    for path in (ROOT / "hyperinf_kernels").rglob("*.py"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        modules[".".join(parts).removesuffix(".__init__")] = path
+    for name, path in modules.items():
+        package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                wanted = [(alias.name, "") for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                base = package.split(".")[: len(package.split(".")) - node.level + 1]
+                source = ".".join([*(base if node.level else []), *filter(None, [node.module])])
+                wanted = [(source, alias.name) for alias in node.names]
+            else:
+                continue
+            for source, member in wanted:
+                if source.partition(".")[0] == "hyperinf_kernels":
+                    inner = f"{source}.{member}"
+                    yield name, inner if inner in modules else source
+
+
+def test_imports_go_only_downwards() -> None:
+    found = list(imports())
+    rooms = [tuple(f"{name}.".split(".")[1] for name in pair) for pair in found]
+    assert {room for pair in rooms for room in pair if room} <= {*ROOMS, "errors"}
+    assert ("cli", "jobs") in rooms
+    floor = {room: level for level, room in enumerate(ROOMS)}
+    climbs = [
+        pair
+        for pair, (above, below) in zip(found, rooms, strict=True)
+        if floor.get(above, len(ROOMS)) > floor.get(below, len(ROOMS))
+    ]
+    assert climbs == []
+
+
+def test_no_import_goes_in_a_circle() -> None:
+    needs: dict[str, set[str]] = {}
+    for name, other in imports():
+        # a package's own door: the rest of the room stands behind it
+        if name != other and not name.startswith(f"{other}."):
+            needs.setdefault(name, set()).add(other)
+    while needs:
+        free = [name for name, others in needs.items() if not others & needs.keys()]
+        assert free, f"a circle among {sorted(needs)}"
+        for name in free:
+            del needs[name]
 
 
 def test_info_works_without_the_extras() -> None:

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from hyperinf_kernels.report import render_html
-from hyperinf_kernels.report_parts.certificate import picture, verdict
-from hyperinf_kernels.report_parts.charts import Series, curves, histogram, ticks
-from hyperinf_kernels.report_parts.text import number, read_metrics, seconds
+from hyperinf_kernels.report.certificate import picture, verdict
+from hyperinf_kernels.report.charts import Series, curves, histogram, ticks
+from hyperinf_kernels.report.page import render_html
+from hyperinf_kernels.report.text import number, read_metrics, seconds
 from tests.report_document import URL_ATTRIBUTES, Document, Page, make_document
 
 

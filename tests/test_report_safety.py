@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from hyperinf_kernels.errors import InputError
-from hyperinf_kernels.report import render_html
-from hyperinf_kernels.report_parts.certificate import state
-from hyperinf_kernels.report_parts.markup import Markup, escape, join, passage, tag
+from hyperinf_kernels.report.certificate import state
+from hyperinf_kernels.report.markup import Markup, escape, join, passage, tag
+from hyperinf_kernels.report.page import render_html
 from tests.report_document import Document, Page, make_document
 
 ATTACKS = (

@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from hyperinf_kernels import roofline
-from hyperinf_kernels.ops import costs
+from hyperinf_kernels.ops import costs, roofline
+from hyperinf_kernels.ops.roofline import DEVICES, schulz
 from hyperinf_kernels.ops.triton.launch import l2_share
 from hyperinf_kernels.ops.triton.raster import order
-from hyperinf_kernels.roofline import DEVICES, schulz
 
 
 def test_a_floor_is_the_slower_of_memory_and_arithmetic() -> None:
@@ -90,7 +89,7 @@ def test_the_raster_visits_every_tile_once(rows: int, cols: int, symmetric: bool
 
 def test_the_table_names_its_source_and_has_a_rival_for_every_row() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "hyperinf_kernels.roofline", "--json"],
+        [sys.executable, "-m", "hyperinf_kernels.ops.roofline", "--json"],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     rows = json.loads(done.stdout)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hyperinf_kernels.errors import InputError
-from hyperinf_kernels.tasks.rows import Fields, Row, flip_labels, read_rows, write_rows
+from hyperinf_kernels.workloads.rows import Fields, Row, flip_labels, read_rows, write_rows
 
 ASK = '{"prompt": "p1", "answer": "a1"}'
 TEXT = '{"text": "t1", "label": 1}'
@@ -251,7 +251,7 @@ def test_flip_refuses_what_it_cannot_do(rows: list[Row], fraction: float, messag
 def test_a_model_that_names_its_labels_decides_their_order() -> None:
     from types import SimpleNamespace
 
-    from hyperinf_kernels.tasks.models import class_order
+    from hyperinf_kernels.workloads.models import class_order
 
     model = SimpleNamespace(config=SimpleNamespace(label2id={"positive": 0, "negative": 1}))
     assert class_order(model, ["negative", "positive"]) == ["positive", "negative"]

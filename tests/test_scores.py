@@ -11,7 +11,7 @@ import torch
 
 import hyperinf_kernels as hk
 from hyperinf_kernels.attribution.scores import DensePanel, TopKPanel
-from hyperinf_kernels.files import atomic, write_json
+from hyperinf_kernels.store.files import atomic, write_json
 
 
 def scores(per_block: bool = False, **options: object) -> hk.InfluenceScores:

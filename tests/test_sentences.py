@@ -11,8 +11,8 @@ from collections import Counter, defaultdict
 import pytest
 
 from hyperinf_kernels.errors import InputError
-from hyperinf_kernels.tasks.rows import Row
-from hyperinf_kernels.tasks.sentences import CLASSES, Sentence, draw_sentence, generate
+from hyperinf_kernels.experiments.sentences import CLASSES, Sentence, draw_sentence, generate
+from hyperinf_kernels.workloads.rows import Row
 
 PLAIN = Sentence("the shy baker", "hid", "hide", "hidden", "a lamp")
 LATER = Sentence("our nurse", "drew", "draw", "drawn", "my kite", "later")
@@ -135,7 +135,7 @@ def test_the_seed_alone_fixes_the_rows() -> None:
     first, other = generate(50, 20, seed=1)[0], generate(50, 20, seed=2)[0]
     assert not {sentence_of(row) for row in first} & {sentence_of(row) for row in other}
     code = (
-        "from hyperinf_kernels.tasks.sentences import generate;"
+        "from hyperinf_kernels.experiments.sentences import generate;"
         "print([list(map(repr, part)) for part in generate(50, 20, seed=1)])"
     )
     want = str([list(map(repr, part)) for part in generate(50, 20, seed=1)])

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hyperinf_kernels import roofline
+from hyperinf_kernels.ops import roofline
 from hyperinf_kernels.ops.triton import entry as face
 from hyperinf_kernels.ops.triton import factors
 from tests.triton_cases import INTERPRETING, on_device, random, spd

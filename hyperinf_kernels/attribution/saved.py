@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import InputError
-from ..files import write_json
+from ..store.files import write_json
 
 FORMAT = 1
 KEYS = ("method", "options", "damping", "loss", "loss_text", "blocks", "train_ids", "solver")

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..files import atomic
 from ..ops import gram_accumulate_, topk_empty, topk_merge_
 from ..ops.checks import accumulation_dtype
+from ..report.document import method_entry, run_document
+from ..report.page import render_html
 from ..solvers import BlockReport, summarise
+from ..store.files import atomic
 
 Id = int | str
 
@@ -127,10 +129,6 @@ class InfluenceScores:
 
     def to_html(self, path: str | os.PathLike[str], **context: Any) -> None:
         """Write the self-contained HTML report; `context` adds keys of the report document."""
-        # the report is a room above this one, so it is fetched only when a person asks for it
-        from ..document import method_entry, run_document
-        from ..report import render_html
-
         page = render_html(run_document([method_entry(self)], **context))
         with atomic(Path(path)) as temporary:
             temporary.write_text(page, encoding="utf-8")

@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import InputError
-from ..files import atomic
 from ..solvers import HyperINF, Solver
 from ..store.bergson import module_of, sizes
+from ..store.files import atomic
 from .factors import EigenFactors, eigen_factors
 from .imports import require
 from .layout import LORA_B

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from ..errors import InputError
-from ..files import atomic
 from ..solvers import HyperINF
+from ..store.files import atomic
 from .factors import eigen_factors
 from .imports import require
 

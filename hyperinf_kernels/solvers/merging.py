@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol
 
 from ..errors import InputError
-
-if TYPE_CHECKING:
-    from .base import Solver
+from .damping import Damping
 
 
-def check_mergeable(one: Solver, other: Solver) -> None:
+class Mergeable(Protocol):
+    """What is compared of a solver."""
+
+    method: ClassVar[str]
+    damping: Damping
+
+    @property
+    def blocks(self) -> Mapping[str, Any]: ...
+    def options(self) -> dict[str, Any]: ...
+
+
+def check_mergeable(one: Mergeable, other: Mergeable) -> None:
     """Raise InputError unless `merge` can add the second solver to the first."""
     if type(other) is not type(one) or other is one:
         what = "itself" if other is one else type(other).__name__

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..files import atomic
+from .files import atomic
 
 __all__ = ["module_of", "read", "sizes", "write"]
 

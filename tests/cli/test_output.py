@@ -137,7 +137,7 @@ def test_the_plan_is_printed_before_anything_runs(
     hyperinf: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hyperinf_kernels.attribution.stream.gradient_batches", None)
-    monkeypatch.setattr("hyperinf_kernels.tasks.scoring.gradient_batches", None)
+    monkeypatch.setattr("hyperinf_kernels.runs.scoring.gradient_batches", None)
     methods = "-m hyperinf -m datainf -m exact -m cg -m lissa -m grad_dot"
     ran = done(hyperinf(SCORE.replace("score", "plan", 1) + f" {methods} --json"))
     plan = json.loads(ran.out)

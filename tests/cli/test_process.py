@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from hyperinf_kernels.terminal import Bars
+from hyperinf_kernels.cli.terminal import Bars
 from tests import folders
 
 from .command import (

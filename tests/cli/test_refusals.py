@@ -12,8 +12,9 @@ import pytest
 import torch
 import transformers
 
-from hyperinf_kernels import files, jobs
-from hyperinf_kernels.tasks import models
+from hyperinf_kernels import jobs
+from hyperinf_kernels.store import files
+from hyperinf_kernels.workloads import models
 from tests import folders
 
 from .command import (

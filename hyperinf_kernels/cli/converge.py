@@ -31,11 +31,11 @@ def converge(
 ) -> None:
     """How many dense products the inverse takes: released iteration, Schulz, ours and the rest."""
     # only now: these import torch's linear algebra and matplotlib
-    from ..files import atomic, write_json
-    from ..tasks import convergence
-    from ..tasks.convergence_figure import draw, pyplot
-    from ..tasks.workspace import check_output, output_folder
-    from ..terminal import Bars
+    from ..experiments import convergence
+    from ..experiments.convergence_figure import draw, pyplot
+    from ..jobs.output import check_output, output_folder
+    from ..store.files import atomic, write_json
+    from .terminal import Bars
 
     if quick + every + bool(cell) > 1:
         raise InputError("choose one of --cell, --quick and --all")

@@ -1,8 +1,8 @@
 """Computed, never measured: what each GPU op must move and multiply, and the least time for it.
 
 A floor is max(bytes / memory rate, flop / arithmetic rate); launches and the dependence between
-steps come on top. `python -m hyperinf_kernels.roofline` prints the table for A100, H100 and B200,
-with what cuBLAS or cuSOLVER would have to do for the same job beside it.
+steps come on top. `python -m hyperinf_kernels.ops.roofline` prints the table for A100, H100 and
+B200, with what cuBLAS or cuSOLVER would have to do for the same job beside it.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from .ops.schedule import FREE_FIRST_STEP, PRODUCTS, cheapest_chain, degree_for
-from .ops.triton.configs import choose
-from .ops.triton.launch import QUERIES, chunk_rows, slice_samples
-from .ops.triton.raster import GROUP
+from .schedule import FREE_FIRST_STEP, PRODUCTS, cheapest_chain, degree_for
+from .triton.configs import choose
+from .triton.launch import QUERIES, chunk_rows, slice_samples
+from .triton.raster import GROUP
 
 WORD = 4  # bytes of fp32
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
-from ..tasks.rows import Fields
+from ..workloads.rows import Fields
 from .options import (
     Adapter,
     Alpha,

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from ..attribution import InfluenceScores
-from .rows import Row
+from ..workloads.rows import Row
 
 
 def most_helpful(scores: InfluenceScores, rows: Sequence[Row], share: float) -> list[Row]:

@@ -8,18 +8,27 @@ from typing import Any
 
 import numpy as np
 
-from .attribution import Attributor, InfluenceScores
-from .attribution.saved import check_new
-from .document import (
+from ..attribution import Attributor, InfluenceScores
+from ..attribution.saved import check_new
+from ..errors import InputError
+from ..experiments import sentences
+from ..experiments.identification import check_groups, corrupted_rows, same_class
+from ..experiments.mislabeled import baselines, harm_scores, summary, suspects, training_losses
+from ..experiments.selection import most_helpful
+from ..gradients import find_blocks
+from ..report.document import (
     environment,
     method_entry,
     plan_document,
     query_entries,
     run_document,
 )
-from .errors import InputError
-from .files import write_json
-from .gradients import find_blocks
+from ..report.page import render_html
+from ..runs.methods import LABELS
+from ..runs.scoring import score_methods, size_of, with_loss
+from ..store.files import write_json
+from ..workloads.rows import Row, flip_labels, write_rows
+from .output import output_folder
 from .preparation import (
     Prepared,
     Settings,
@@ -30,15 +39,6 @@ from .preparation import (
     prepare,
     read,
 )
-from .report import render_html
-from .tasks import sentences
-from .tasks.identification import check_groups, corrupted_rows, same_class
-from .tasks.methods import LABELS
-from .tasks.mislabeled import baselines, harm_scores, summary, suspects, training_losses
-from .tasks.rows import Row, flip_labels, write_rows
-from .tasks.scoring import score_methods, size_of, with_loss
-from .tasks.selection import most_helpful
-from .tasks.workspace import output_folder
 
 
 def score(s: Settings) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import json
 
 import typer
 
-from ..info import as_text, collect
+from ..ops.info import as_text, collect
 from .attribute import fit, plan, score, self_influence
 from .bench import bench
 from .converge import converge

@@ -8,7 +8,7 @@ import os
 import sys
 from typing import NoReturn
 
-from .errors import InputError
+from ..errors import InputError
 
 NEEDED = ("typer", "rich", "pyarrow")
 
@@ -18,7 +18,7 @@ def main() -> None:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         if sys.argv[1:2] == ["info"]:
-            from .info import as_text, collect
+            from ..ops.info import as_text, collect
 
             print(json.dumps(collect(), indent=1) if "--json" in sys.argv else as_text())
             return
@@ -26,7 +26,7 @@ def main() -> None:
     # tqdm reads its environment when torch imports it; the bars are the commands' own
     os.environ.setdefault("TQDM_DISABLE", "1")
     try:
-        from .commands import app
+        from .app import app
 
         app(standalone_mode=True)
     except InputError as error:

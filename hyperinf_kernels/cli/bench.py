@@ -44,11 +44,11 @@ def bench(
     if write and not tune:
         raise InputError("--write goes with --tune")
     # only now: these import torch's linear algebra
-    from ..files import write_json
     from ..ops import costs
     from ..ops.calibration import calibrate as measure
-    from ..terminal import Bars
+    from ..store.files import write_json
     from .running import check_device
+    from .terminal import Bars
 
     check_device(device)
     if output is not None and not calibrate:
@@ -59,7 +59,7 @@ def bench(
         tune_here(write)
         return
     if aot:
-        from ..aot_table import show
+        from .aot_table import show
 
         show(as_json)
         return

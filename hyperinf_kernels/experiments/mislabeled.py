@@ -17,10 +17,10 @@ import torch
 from ..attribution import InfluenceScores, influence
 from ..attribution.stream import Progress, check_weights
 from ..gradients.capture import move, prepared
+from ..runs.methods import Method
+from ..runs.scoring import Data, gradients, mean_query
+from ..workloads.rows import Row
 from .identification import corrupted_rows
-from .methods import Method
-from .rows import Row
-from .scoring import Data, gradients, mean_query
 
 
 def harm_scores(

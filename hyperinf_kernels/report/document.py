@@ -6,15 +6,14 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from . import __version__
-from .attribution import InfluenceScores
-from .ops.dispatch import backends_used
-from .solvers.planning import SolvePlan
-from .tasks.rows import Row
+from .. import __version__
+from ..ops.dispatch import backends_used
+from ..solvers import BlockReport
+from ..solvers.planning import SolvePlan
 
 FORMAT = 1
 BINS = 60
@@ -27,6 +26,28 @@ LABELS = {
     "exact": "Exact (empirical Fisher)",
     "grad_dot": "Gradient dot",
 }
+
+
+class Scores(Protocol):
+    """What a document asks of influence scores; `InfluenceScores` has it."""
+
+    values: torch.Tensor
+    report: list[BlockReport]
+    meta: dict[str, Any]
+
+    def proponents(self, k: int = ...) -> tuple[list[list[Any]], torch.Tensor]: ...
+    def opponents(self, k: int = ...) -> tuple[list[list[Any]], torch.Tensor]: ...
+    def certificate(self) -> dict[str, object]: ...
+
+
+class Shown(Protocol):
+    """A row that a person can be shown."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def corrupted(self) -> bool | None: ...
+    def shown(self) -> dict[str, str | None]: ...
 
 
 def run_document(methods: Sequence[Mapping[str, Any]], **context: Any) -> dict[str, Any]:
@@ -57,7 +78,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
 
 
 def method_entry(
-    scores: InfluenceScores,
+    scores: Scores,
     label: str | None = None,
     metrics: Mapping[str, Mapping[str, float]] | None = None,
     curves: Sequence[Mapping[str, Any]] = (),
@@ -97,39 +118,31 @@ def _histogram(values: torch.Tensor) -> dict[str, list[float]]:
 
 
 def query_entries(
-    results: Mapping[str, InfluenceScores], train: Sequence[Row], queries: Sequence[Row]
+    results: Mapping[str, Scores], train: Sequence[Shown], queries: Sequence[Shown]
 ) -> list[dict[str, Any]]:
     """Beside every query its most helpful and most harmful training texts, by method label."""
     row_of = {row.id: row for row in train}
-    entries = [{"id": row.id, **_text(row), "methods": {}} for row in queries]
+    entries: list[dict[str, Any]] = [
+        {"id": row.id, **row.shown(), "methods": {}} for row in queries
+    ]
     for label, scores in results.items():
         kept = min(SHOWN, scores.values.shape[1])
         helpful, harmful = scores.proponents(kept), scores.opponents(kept)
         for q, entry in enumerate(entries):
             entry["methods"][label] = {
-                "helpful": _ranked(row_of, helpful.ids[q], helpful.values[q]),
-                "harmful": _ranked(row_of, harmful.ids[q], harmful.values[q]),
+                "helpful": _ranked(row_of, helpful[0][q], helpful[1][q]),
+                "harmful": _ranked(row_of, harmful[0][q], harmful[1][q]),
             }
     return entries
 
 
 def _ranked(
-    row_of: Mapping[str, Row], ids: Sequence[Any], values: torch.Tensor
+    row_of: Mapping[str, Shown], ids: Sequence[Any], values: torch.Tensor
 ) -> list[dict[str, Any]]:
     return [
-        {"id": i, "influence": value, **_text(row_of[i]), "corrupted": row_of[i].corrupted}
+        {"id": i, "influence": value, **row_of[i].shown(), "corrupted": row_of[i].corrupted}
         for i, value in zip(ids, values.tolist(), strict=True)
     ]
-
-
-def _text(row: Row) -> dict[str, Any]:
-    answer = row.answer if row.answer is not None else row.label
-    group = row.group if row.group is not None else row.label
-    return {
-        "prompt": row.prompt,
-        "answer": None if answer is None else str(answer),
-        "class": None if group is None else str(group),
-    }
 
 
 def plan_document(

@@ -12,17 +12,17 @@ from typing import Any
 
 import torch
 
-from .attribution.saved import read_document
-from .attribution.stream import Progress
-from .errors import InputError
-from .gradients import CausalLM, Loss, SequenceClassification
-from .tasks import models
-from .tasks.finetune import LoraTraining, accuracy, fine_tune
-from .tasks.methods import Method, parse_damping, parse_method
-from .tasks.rows import Fields, Row, read_rows
-from .tasks.scoring import Data, size_of
-from .tasks.text import Batches, check_labels, encode
-from .tasks.workspace import check_output
+from ..attribution.saved import read_document
+from ..attribution.stream import Progress
+from ..errors import InputError
+from ..gradients import CausalLM, Loss, SequenceClassification
+from ..runs.methods import Method, parse_damping, parse_method
+from ..runs.scoring import Data, size_of
+from ..workloads import models
+from ..workloads.finetune import LoraTraining, accuracy, fine_tune
+from ..workloads.rows import Fields, Row, read_rows
+from ..workloads.text import Batches, check_labels, encode
+from .output import check_output
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 
-from . import __version__
-from . import ops as ops  # registers the kernels
-from .ops import native
-from .ops.dispatch import BACKENDS, KERNELS, capability
+from .. import __version__
+from . import native
+from .dispatch import BACKENDS, KERNELS, capability
 
 EXTRAS = {
     "hf": ("transformers", "peft", "safetensors", "gguf", "accelerate"),

@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from .errors import InputError
-from .ops import native
+from ..errors import InputError
+from ..ops import native
 from .terminal import Bars
 
 
@@ -17,7 +17,7 @@ def triton_rows() -> Iterator[dict[str, Any]]:
     Raises:
         InputError: no Triton that can compile.
     """
-    from .ops.triton import aot
+    from ..ops.triton import aot
 
     try:
         for row in aot.rows():
@@ -41,7 +41,7 @@ def cuda_rows() -> list[dict[str, Any]]:
 
 def show(as_json: bool) -> None:
     """The table on stderr, or all of it as one JSON document on stdout."""
-    from .ops.triton import aot
+    from ..ops.triton import aot
 
     rows = []
     with Bars() as bars:

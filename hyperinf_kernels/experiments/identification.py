@@ -14,8 +14,8 @@ import numpy as np
 
 from ..attribution import InfluenceScores
 from ..errors import InputError
+from ..workloads.rows import Row
 from .detection import mean_sd, recall_rows, roc_auc, roc_auc_rows, roc_curve
-from .rows import Row
 
 GRID = np.linspace(0, 1, 101)
 

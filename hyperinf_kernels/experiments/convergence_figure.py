@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..files import atomic
+from ..store.files import atomic
 from .convergence import (
     CERTIFIED,
     CHOLESKY,

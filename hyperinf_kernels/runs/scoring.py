@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,14 @@ from ..attribution import Attributor, InfluenceScores, influence
 from ..attribution.stream import Progress, check_weights, default_budget, gradient_batches
 from ..gradients import Loss, find_blocks, parameter_count
 from .methods import Method
-from .text import Batches
+
+
+class Batches(Protocol):
+    """Rows in batches, the same in every pass; `dataset` holds them one by one, in their order."""
+
+    @property
+    def dataset(self) -> Sequence[Any]: ...
+    def __iter__(self) -> Iterator[dict[str, Any]]: ...
 
 
 @dataclass

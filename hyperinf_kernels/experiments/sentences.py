@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hyperinf_kernels.errors import InputError
-from hyperinf_kernels.tasks.rows import Row
+from hyperinf_kernels.workloads.rows import Row
 
 __all__ = ["CLASSES", "Sentence", "Transformation", "draw_sentence", "generate"]
 

@@ -10,16 +10,16 @@ import typer
 
 from ..errors import InputError
 from ..ops import BackendError
-from ..tasks.finetune import LoraTraining
-from ..terminal import Bars, closing_table, fitted_lines, quiet_libraries
+from ..workloads.finetune import LoraTraining
 from .plan_table import plan_table
+from .terminal import Bars, closing_table, fitted_lines, quiet_libraries
 
 
 def run(job: str, as_json: bool, settings: dict[str, Any], **arguments: Any) -> None:
     quiet_libraries()
     # only now: these import libraries that read their environment when first imported
     from .. import jobs
-    from ..preparation import Settings
+    from ..jobs.preparation import Settings
 
     check_device(settings["device"])
     try:

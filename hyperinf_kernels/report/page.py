@@ -1,6 +1,6 @@
 """report.json as one HTML page that stands alone: no network, no library, readable without scripts.
 
-Training texts are untrusted. All markup is built by `report_parts.markup.tag`, which escapes
+Training texts are untrusted. All markup is built by `markup.tag`, which escapes
 everything else; no data is ever put into a script, and the page's own content security policy
 forbids every script but the one shipped here.
 """
@@ -14,11 +14,11 @@ from datetime import datetime
 from importlib import resources
 from typing import Any
 
-from .errors import InputError
-from .report_parts.certificate import certificate_card
-from .report_parts.markup import Markup, join, tag
-from .report_parts.queries import queries_section, suspects_section, tab_styles
-from .report_parts.results import (
+from ..errors import InputError
+from .certificate import certificate_card
+from .markup import Markup, join, tag
+from .queries import queries_section, suspects_section, tab_styles
+from .results import (
     Contender,
     contenders,
     curves_section,
@@ -26,7 +26,7 @@ from .report_parts.results import (
     results_section,
     run_section,
 )
-from .report_parts.text import count, finite, mapping, number, sequence
+from .text import count, finite, mapping, number, sequence
 
 __all__ = ["FORMAT", "render_html"]
 
@@ -67,7 +67,7 @@ def render_html(document: Mapping[str, Any]) -> str:
 
 
 def _asset(name: str) -> str:
-    folder = resources.files("hyperinf_kernels").joinpath("report_parts")
+    folder = resources.files(__package__)
     return folder.joinpath(name).read_text(encoding="utf-8")
 
 

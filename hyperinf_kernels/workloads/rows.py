@@ -40,6 +40,16 @@ class Row:
         """What the model is asked to produce: an answer where there is one, else a label."""
         return "classification" if self.answer is None else "generation"
 
+    def shown(self) -> dict[str, str | None]:
+        """The row as a person sees it: what was asked, what was answered, of which class."""
+        answer = self.answer if self.answer is not None else self.label
+        group = self.group if self.group is not None else self.label
+        return {
+            "prompt": self.prompt,
+            "answer": None if answer is None else str(answer),
+            "class": None if group is None else str(group),
+        }
+
 
 @dataclass(frozen=True)
 class Fields:
