@@ -25,7 +25,7 @@ HOSTILE = "\x1b[31m\x07</script><script>alert(1)</script>\x9b2J"
 MODEL = "--model {llama} --adapter {adapter}"
 
 
-def process(line: str, site: dict[str, Path], folder: Path, **how: object) -> list[str]:
+def process(line: str, site: dict[str, Path]) -> list[str]:
     return [sys.executable, "-m", "hyperinf_kernels", *line.format(**site).split()]
 
 
@@ -39,7 +39,7 @@ def test_rows_from_a_pipe_are_read_once_and_kept(
 ) -> None:
     done(hyperinf(f"self-influence {MODEL} --train {{train}} --output file"))
     ran = subprocess.run(
-        process(f"self-influence {MODEL} --train {name} --output pipe", site, tmp_path),
+        process(f"self-influence {MODEL} --train {name} --output pipe", site),
         input=site["train"].read_bytes(), capture_output=True, cwd=tmp_path, env=environment(),
         check=False,
     )  # fmt: skip
@@ -143,7 +143,7 @@ def test_the_terminal_shows_no_escape_of_a_row(hyperinf: Command, tmp_path: Path
 def test_a_full_device_is_one_line(site: dict[str, Path], tmp_path: Path, command: str) -> None:
     with open("/dev/full", "w") as full:
         ran = subprocess.run(
-            process(command, site, tmp_path), stdout=full, stderr=subprocess.PIPE, text=True,
+            process(command, site), stdout=full, stderr=subprocess.PIPE, text=True,
             cwd=tmp_path, env=environment(), check=False,
         )  # fmt: skip
     assert ran.returncode == 2
@@ -155,7 +155,7 @@ def test_output_closed_early_is_no_traceback(site: dict[str, Path], tmp_path: Pa
     reading, writing = os.pipe()
     os.close(reading)
     ran = subprocess.run(
-        process(f"show {MODEL} --train {{train}} --limit 12", site, tmp_path), stdout=writing,
+        process(f"show {MODEL} --train {{train}} --limit 12", site), stdout=writing,
         stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment(), check=False,
     )  # fmt: skip
     os.close(writing)
@@ -169,10 +169,11 @@ def test_another_locale_and_forty_columns(site: dict[str, Path], tmp_path: Path)
     folders.write_lines(tmp_path / "zeilen-ü.jsonl", rows)
     line = f"score {MODEL} --train zeilen-ü.jsonl --query {{query}} --output out-é"
     ran = subprocess.run(
-        process(line, site, tmp_path), capture_output=True, cwd=tmp_path, check=False,
+        process(line, site), capture_output=True, cwd=tmp_path, check=False,
         stdin=subprocess.DEVNULL,
         env=environment(LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0", COLUMNS="40"),
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     assert scores(tmp_path / "out-é" / "scores.parquet").train_ids == [r["id"] for r in rows]
+    assert document(tmp_path / "out-é")["data"]["train"]["source"] == "zeilen-ü.jsonl"
     assert max(len(text) for text in ran.stderr.splitlines() if b"report:" not in text) <= 120
