@@ -157,6 +157,21 @@ def test_schema_fake_and_tracing_agree_with_the_kernel(op: str) -> None:
 
 @needs_kernels
 @pytest.mark.parametrize("op", OPS)
+def test_every_argument_must_be_on_the_device_of_the_others(op: str) -> None:
+    """A tensor without memory of its own beside one on the CPU would be read all the same."""
+    function = getattr(torch.ops.hyperinf, op.split()[0])
+    places = [i for i, arg in enumerate(OPS[op]()) if isinstance(arg, torch.Tensor)]
+    if len(places) == 1:
+        return  # nothing beside it
+    for i in places:
+        args = list(OPS[op]())
+        args[i] = args[i].to("meta")
+        with pytest.raises(RuntimeError, match="must be on the CPU|tensors on cpu and meta"):
+            function(*args)
+
+
+@needs_kernels
+@pytest.mark.parametrize("op", OPS)
 def test_autocast_changes_nothing(op: str) -> None:
     # the inputs' dtypes decide, and sums are fp32 or wider
     function = getattr(torch.ops.hyperinf, op.split()[0])

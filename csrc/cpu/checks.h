@@ -14,7 +14,9 @@
 
 namespace hyperinf {
 
+// Every argument of every op comes here before its memory is read.
 inline void check_dims(const char* name, const torch::stable::Tensor& t, int64_t dims) {
+  STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU as the other arguments are");
   STD_TORCH_CHECK(t.dim() == dims, name, " must have ", dims, " dimensions, got ", t.dim());
 }
 

@@ -19,6 +19,7 @@ using Array = torch::stable::Tensor;
 using torch::headeronly::ScalarType;
 
 void check_dims(const char* name, const Array& t, int64_t dims) {
+  STD_TORCH_CHECK(t.is_cuda(), name, " must be on a CUDA device as the other arguments are");
   STD_TORCH_CHECK(t.dim() == dims, name, " must have ", dims, " dimensions, got ", t.dim());
 }
 

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..ops.ambient import unaffected
 from ..solvers import Damping, FlatSolver, Gradients, Solver, make_solver
+from ..solvers.inputs import check_shapes
 from .scores import DensePanel, Id, InfluenceScores, TopKPanel, block_scores
 
 
+@unaffected
 def influence(
     train_grads: Gradients,
     query_grads: Gradients,
@@ -48,6 +51,7 @@ def influence(
     """
     if per_block and top_k is not None:
         raise ValueError("per_block needs the dense matrix; leave top_k out")
+    check_shapes(query_grads, {}, "query")
     solver = make_solver(method, damping, **method_options)
     solver.reset()
     start = time.perf_counter()

@@ -186,7 +186,8 @@ class DensePanel:
         self.parts.append(values.cpu())
 
     def finish(self) -> dict[str, Any]:
-        values = torch.cat(self.parts, dim=1) if self.parts else torch.zeros(self.queries, 0)
+        nothing = torch.zeros(self.queries, 0, dtype=torch.float32, device="cpu")
+        values = torch.cat(self.parts, dim=1) if self.parts else nothing
         return {"values": values, "ids": self.ids}
 
 

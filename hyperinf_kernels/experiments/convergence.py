@@ -111,8 +111,8 @@ def simulate(
     if samples < 1 or d < 2 or iterations < 1:
         raise InputError(f"a cell needs N >= 1, d >= 2 and iterations >= 1, got {samples}, {d}")
     generator = torch.Generator().manual_seed(seed)
-    T = torch.randn(samples, d, generator=generator)
-    v = torch.randn(1, d, generator=generator)
+    T = torch.randn(samples, d, generator=generator, dtype=torch.float32, device="cpu")
+    v = torch.randn(1, d, generator=generator, dtype=torch.float32, device="cpu")
     A = T.mT @ T / samples
     A.diagonal().add_(DAMPING)
     A64, v64 = A.double(), v.double()

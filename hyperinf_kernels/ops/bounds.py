@@ -44,7 +44,7 @@ def lanczos(A: Tensor) -> Ritz:
     d = A.shape[-1]
     steps = min(d, LANCZOS_STEPS)
     generator = torch.Generator(device="cpu").manual_seed(0)
-    v = torch.randn(d, generator=generator, dtype=torch.float64).to(A.device)
+    v = torch.randn(d, generator=generator, dtype=torch.float64, device="cpu").to(A.device)
     basis = (v / v.norm()).expand(A.shape[:-1]).unsqueeze(-1)
     for _ in range(steps - 1):
         w = A @ basis[..., -1:]

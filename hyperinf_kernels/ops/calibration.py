@@ -68,8 +68,10 @@ def _rate(name: str, d: int, device: str) -> float:
     dtype = torch.float32 if word == "fp32" else torch.float64
     batch = max(1, BATCH_NUMBERS // d**2)
     generator = torch.Generator().manual_seed(d)
-    rows = torch.randn(batch, d, d, generator=generator).to(device)
-    A = (rows @ rows.mT / d + torch.eye(d, device=device)).to(dtype)
+    rows = torch.randn(batch, d, d, generator=generator, dtype=torch.float32, device="cpu").to(
+        device
+    )
+    A = (rows @ rows.mT / d + torch.eye(d, dtype=torch.float32, device=device)).to(dtype)
     if operation == "gemm":
         return 2 * d**3 * batch / _seconds(lambda: A @ A, device)
     if operation == "factor":
@@ -80,7 +82,7 @@ def _rate(name: str, d: int, device: str) -> float:
         V = A[:, :THIN_ROWS].clone()
         return 2 * THIN_ROWS * d**2 * batch / _seconds(lambda: V @ A, device)
     if operation == "gram":
-        K = torch.zeros(batch, d, d, device=device)
+        K = torch.zeros(batch, d, d, dtype=torch.float32, device=device)
         return 2 * d**3 * batch / _seconds(lambda: gram_accumulate_(K, rows), device)
     total = torch.zeros(d, d, dtype=torch.float64, device=device)
     samples = rows.reshape(-1, 8, d)

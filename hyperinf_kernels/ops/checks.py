@@ -82,6 +82,8 @@ def accumulator(name: str, tensor: Tensor) -> None:
     """`tensor` can be accumulated into without losing small terms."""
     if tensor.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{name} accumulates and must be fp32 or fp64, got {show(tensor)}")
+    if not torch.compiler.is_compiling() and tensor.is_neg():
+        raise TypeError(f"{name} is a view with a pending sign; accumulate into .resolve_neg()")
     axes = zip(tensor.shape, tensor.stride(), strict=True)
     if any(size > 1 and step == 0 for size, step in axes):
         raise ValueError(

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .ambient import DEVICES, exact, is_exact
 from .capability import Capability as Capability
 from .capability import capability as capability
 from .metadata import TensorMeta as TensorMeta
@@ -238,18 +239,19 @@ _chosen._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def run(ready: Ready, tensors: tuple[Tensor, ...], *args: Any, **kwargs: Any) -> Any:
-    """Run the chosen kernel on `*tensors, *args, **kwargs`, recorded, and outside autocast."""
+    """Run the chosen kernel on `*tensors, *args, **kwargs`, recorded, whatever surrounds it."""
     op, plan, device, _, slow, _ = ready
-    if not torch.compiler.is_compiling() and (
-        _traces or slow or plan.backend not in _used.get(op, ())
-    ):
-        _record(ready, tensors)
     kernel = KERNELS[op][plan.backend].run
-    # the inputs' dtypes decide: autocast would round the sums of whatever is written in torch
-    if device in PREFERENCE and torch.is_autocast_enabled(device):
+    if torch.compiler.is_compiling():
         with torch.autocast(device, enabled=False):
             return kernel(*tensors, *args, **kwargs)
-    return kernel(*tensors, *args, **kwargs)
+    if _traces or slow or plan.backend not in _used.get(op, ()):
+        _record(ready, tensors)
+    # the inputs' dtypes decide: autocast, say, would round the sums of whatever is written in torch
+    if device not in DEVICES or is_exact(device):
+        return kernel(*tensors, *args, **kwargs)
+    with exact():
+        return kernel(*tensors, *args, **kwargs)
 
 
 def call(op: str, tensors: tuple[Tensor, ...], *args: Any, **kwargs: Any) -> Any:

@@ -5,62 +5,87 @@ Import only after the extension: the schemas live there (csrc/ops.cpp).
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 
-@torch.library.register_fake("hyperinf::sherman_morrison")  # type: ignore[untyped-decorator]
+def fake(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register the decorated function for tensors without data, which must all be such.
+
+    torch takes one tensor on `meta` for a call without data; the result of another one's device
+    would then be memory that nobody has written.
+    """
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            devices = {str(arg.device) for arg in args if isinstance(arg, Tensor)}
+            if len(devices) > 1:
+                raise RuntimeError(f"{op}: tensors on {' and '.join(sorted(devices))}; move them")
+            return function(*args, **kwargs)
+
+        torch.library.register_fake(f"hyperinf::{op}")(checked)
+        return function
+
+    return register
+
+
+@fake("sherman_morrison")
 def sherman_morrison(V: Tensor, G: Tensor, damping: Tensor) -> Tensor:
     return V.new_empty(V.shape)
 
 
-@torch.library.register_fake("hyperinf::gram_accumulate_")  # type: ignore[untyped-decorator]
+@fake("gram_accumulate_")
 def gram_accumulate_(
     C: Tensor, X: Tensor, Y: Tensor | None, alpha: float, runs: bool = False
 ) -> None:
     return None
 
 
-@torch.library.register_fake("hyperinf::combine_rows")  # type: ignore[untyped-decorator]
+@fake("combine_rows")
 def combine_rows(X: Tensor, P: Tensor) -> Tensor:
     return X.new_empty(X.shape[1], P.shape[1])
 
 
-@torch.library.register_fake("hyperinf::image_rows")  # type: ignore[untyped-decorator]
+@fake("image_rows")
 def image_rows(Z: Tensor, P: Tensor) -> Tensor:
     return Z.new_empty(Z.shape)
 
 
-@torch.library.register_fake("hyperinf::per_sample_grad")  # type: ignore[untyped-decorator]
+@fake("per_sample_grad")
 def per_sample_grad(delta: Tensor, act: Tensor) -> Tensor:
     return act.new_empty((act.shape[0], delta.shape[2], act.shape[2]), dtype=torch.float32)
 
 
-@torch.library.register_fake("hyperinf::per_sample_norm_sq")  # type: ignore[untyped-decorator]
+@fake("per_sample_norm_sq")
 def per_sample_norm_sq(delta: Tensor, act: Tensor, ghost: bool) -> Tensor:
     return act.new_empty(act.shape[:1], dtype=torch.float32)
 
 
-@torch.library.register_fake("hyperinf::per_sample_dot")  # type: ignore[untyped-decorator]
+@fake("per_sample_dot")
 def per_sample_dot(delta: Tensor, act: Tensor, V: Tensor) -> Tensor:
     return act.new_empty((act.shape[0], V.shape[0]), dtype=torch.float32)
 
 
-@torch.library.register_fake("hyperinf::pairwise_dot")  # type: ignore[untyped-decorator]
+@fake("pairwise_dot")
 def pairwise_dot(delta1: Tensor, act1: Tensor, delta2: Tensor, act2: Tensor, ghost: bool) -> Tensor:
     return act1.new_empty((act1.shape[0], act2.shape[0]), dtype=torch.float32)
 
 
-@torch.library.register_fake("hyperinf::schulz")  # type: ignore[untyped-decorator]
+@fake("schulz")
 def schulz(A: Tensor, start: Tensor, coefficients: Tensor, degrees: list[int]) -> Tensor:
     return A.new_empty(A.shape)
 
 
-@torch.library.register_fake("hyperinf::spd_inverse")  # type: ignore[untyped-decorator]
+@fake("spd_inverse")
 def spd_inverse(A: Tensor, check: bool = False) -> tuple[Tensor, Tensor]:
     return A.new_empty(A.shape), A.new_empty(A.shape[:1], dtype=torch.int32)
 
 
-@torch.library.register_fake("hyperinf::gfim_accumulate_")  # type: ignore[untyped-decorator]
+@fake("gfim_accumulate_")
 def gfim_accumulate_(C: Tensor, delta: Tensor, act: Tensor, alpha: float) -> None:
     return None

@@ -141,7 +141,7 @@ def _coupled(X: Tensor, R: Tensor, goal: float, left: int) -> tuple[Tensor, int,
 def _spectral(R: Tensor) -> Tensor:
     """||R||_2 per matrix by power steps, from below and close enough to see growth."""
     generator = torch.Generator(device="cpu").manual_seed(1)
-    v = torch.randn(R.shape[-1], 1, generator=generator, dtype=R.dtype).to(R.device)
+    v = torch.randn(R.shape[-1], 1, generator=generator, dtype=R.dtype, device="cpu").to(R.device)
     v = v.expand(*R.shape[:-1], 1)
     norm = torch.zeros(R.shape[:-2], dtype=R.dtype, device=R.device)
     for _ in range(POWER_STEPS):

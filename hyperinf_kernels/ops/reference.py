@@ -141,6 +141,7 @@ def apart(out: Tensor, tensor: Tensor) -> Tensor:
     # traced tensors have no memory; the compiled op refuses what overlaps when it runs
     if torch.compiler.is_compiling() or isinstance(out, TRACED):
         return tensor
+    tensor = tensor.resolve_neg()  # torch cannot do it for an op with an argument left out
     shared = out.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
     return tensor.clone() if shared else tensor
 
@@ -240,7 +241,7 @@ def topk_merge_(
     values: Tensor, positions: Tensor, scores: Tensor, first: int, largest: bool
 ) -> None:
     k = values.shape[1]
-    new = torch.arange(first, first + scores.shape[1], device=scores.device)
+    new = torch.arange(first, first + scores.shape[1], dtype=torch.int64, device=scores.device)
     pool = torch.cat([values, scores], dim=1)
     where = torch.cat([positions, new.expand(len(scores), -1)], dim=1)
     # NaN sorts last; kept entries come first and the sort is stable, so earlier columns win ties

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .ambient import exactly
 from .bounds import lanczos, lower_estimate, upper_bound
 from .iteration import Iterate, chain, finish
 from .solve import (
@@ -40,6 +41,7 @@ def schulz_inverse(
     A: Tensor, *, bounds: Bounds | None = ..., tol: float | None = ..., max_products: int = ...,
     precision: Precision = ..., return_info: Literal[True],
 ) -> tuple[Tensor, SolveInfo]: ...  # fmt: skip
+@exactly
 def schulz_inverse(
     A: Tensor,
     *,
@@ -118,6 +120,7 @@ def schulz_solve(
     A: Tensor, V: Tensor, *, bounds: Bounds | None = ..., tol: float | None = ...,
     max_products: int = ..., precision: Precision = ..., return_info: Literal[True],
 ) -> tuple[Tensor, SolveInfo]: ...  # fmt: skip
+@exactly
 def schulz_solve(
     A: Tensor,
     V: Tensor,

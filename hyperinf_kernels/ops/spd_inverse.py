@@ -9,6 +9,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from .ambient import exactly
 from .costs import cheaper_inverse
 from .dispatch import call, explain
 from .schulz import schulz_inverse
@@ -34,6 +35,7 @@ def spd_inverse(
 def spd_inverse(
     A: Tensor, *, method: Method = ..., return_info: Literal[True]
 ) -> tuple[Tensor, SolveInfo]: ...
+@exactly
 def spd_inverse(
     A: Tensor, *, method: Method = "auto", return_info: bool = False
 ) -> Tensor | tuple[Tensor, SolveInfo]:
@@ -72,7 +74,7 @@ def spd_inverse(
     if not tested:
         refuse_unfit(A)
     if A.numel() == 0:
-        X, failed = A.clone(), torch.zeros(A.shape[:-2], dtype=torch.int32)
+        X, failed = A.clone(), torch.zeros(A.shape[:-2], dtype=torch.int32, device=A.device)
     else:
         X, failed = call("spd_inverse", (A,))
     fallback = None

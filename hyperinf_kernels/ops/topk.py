@@ -15,7 +15,7 @@ def topk_empty(
     queries: int,
     k: int,
     dtype: torch.dtype = torch.float32,
-    device: torch.device | str | None = None,
+    device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor]:
     """Values (m, k) and positions (m, k) of a stream of which nothing has been seen: NaN and -1.
 

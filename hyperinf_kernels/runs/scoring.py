@@ -97,7 +97,10 @@ def _collect(
     start = time.perf_counter()
     blocks = find_blocks(data.model, data.blocks)
     rows = len(batches.dataset)
-    whole = {block.name: torch.empty(rows, *block.shape) for block in blocks}
+    whole = {
+        block.name: torch.empty(rows, *block.shape, dtype=torch.float32, device="cpu")
+        for block in blocks
+    }
     ids: list[Any] = []
     stream = gradient_batches(
         data.model, batches, data.loss, blocks, stage, progress, verify=stage == "train"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..ops.ambient import shielded
 from ..ops.checks import accumulation_dtype
 from .damping import DEFAULT_DAMPING, Damping, as_damping
 from .inputs import Gradients, check_shapes, not_finite, row_squares
@@ -50,6 +51,7 @@ class BlockState:
         return self.sum_square / (self.n * self.shape[0] * self.shape[1])
 
 
+@shielded
 class Solver:
     """Base of the influence methods: W = V A^-1 per block, with A from the training gradients.
 
@@ -67,6 +69,10 @@ class Solver:
     needs_damping: ClassVar[bool] = True
     scale_free: bool = True  # whether a block's scale cancels, so that it may be worked on in range
     second_pass: bool = False  # whether fit needs every training gradient once more, by `revisit`
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        shielded(cls)
 
     def __init__(
         self, damping: Damping | float = DEFAULT_DAMPING, *, check: Check = "bound"
@@ -106,6 +112,8 @@ class Solver:
         check_shapes(grads, {name: s.shape for name, s in self.blocks.items()}, "train")
         # all blocks are checked before any of them is taken in
         sizes = {name: row_squares(name, batch, "train", self.n) for name, batch in grads.items()}
+        # what is kept must not keep the graph that it came from
+        grads = {name: batch.detach() for name, batch in grads.items()}
         self.lambdas = {}
         with self._all_or_nothing():
             for name, batch in grads.items():
@@ -205,6 +213,7 @@ class Solver:
         check_shapes(queries, {name: s.shape for name, s in self.blocks.items()}, "query")
         found = {}
         for name, batch in queries.items():
+            batch = batch.detach()
             sizes, dtype = row_squares(name, batch, "query"), accumulation_dtype(batch)
             found[name] = (
                 scaled_rows(batch, sizes, dtype) if self.scale_free else Scaled(batch.to(dtype))
@@ -356,7 +365,7 @@ class Solver:
         if not self.lambdas:
             self.fit()
         given = self.check_queries(grads)
-        total, hardest = torch.zeros((), dtype=torch.float64), {}
+        total, hardest = torch.zeros((), dtype=torch.float64, device="cpu"), {}
         for name, V in given.items():
             own = self._half(name, V.values).double().square().sum(1)
             # for the certificate, those of each block are solved all the way where most cancels

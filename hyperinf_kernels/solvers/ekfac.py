@@ -112,7 +112,9 @@ class EKFAC(KFAC):
         if name not in self._squares and name in self.rows:
             samples = (chunk.view(-1, *shape) for _, chunk in self.rows[name].chunks())
             self._squares[name] = (n, self._rotated(name, samples))
-        seen, total = self._squares.get(name, (0, torch.empty(0)))
+        seen, total = self._squares.get(
+            name, (0, torch.empty(0, dtype=torch.float64, device="cpu"))
+        )
         if seen != n:
             raise InputError(
                 f"block {name}: EK-FAC with two_pass=True saw {n} training rows in update() and "

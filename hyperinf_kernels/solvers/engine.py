@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..ops.ambient import shielded
 from ..ops.checks import accumulation_dtype
 from .base import Solver
 from .cg import CG
@@ -41,6 +42,7 @@ class GramScores:
     report: list[BlockReport]
 
 
+@shielded
 class GramEngine:
     """Training gradients once, then any number of methods, dampings and queries.
 

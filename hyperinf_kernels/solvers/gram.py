@@ -70,7 +70,9 @@ class Sketch:
     def by_signs(rows: GradientRows) -> Sketch:
         """Through random signs, the same for every block of n rows."""
         generator = torch.Generator().manual_seed(0)
-        signs = torch.randint(0, 2, (rows.n, PROBES), generator=generator, dtype=torch.float64)
+        signs = torch.randint(
+            0, 2, (rows.n, PROBES), generator=generator, dtype=torch.float64, device="cpu"
+        )
         _, first = next(rows.chunks())
         return Sketch(rows, (2 * signs - 1).to(first.device))
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..ops.checks import FLOATING
+from ..ops.checks import FLOATING, unusual
+from ..ops.metadata import is_transformed
 from .rows import squares
 
 Gradients = Mapping[str, Tensor]
@@ -27,6 +28,8 @@ def check_shapes(grads: Gradients, expected: Mapping[str, tuple[int, int]], role
         )
     counts = {}
     for name, batch in grads.items():
+        if isinstance(batch, Tensor):
+            _refuse_unusual(name, batch, role)
         if not isinstance(batch, Tensor) or batch.dtype not in FLOATING or batch.ndim != 3:
             what = type(batch).__name__
             if isinstance(batch, Tensor):
@@ -57,6 +60,17 @@ def not_finite(name: str, method: str, hint: str | None = None) -> InputError:
         f"block {name}: {method} gave NaN or inf "
         f"({hint or 'check damping and the scale of the gradients'})"
     )
+
+
+def _refuse_unusual(name: str, batch: Tensor, role: str) -> None:
+    if (what := unusual(batch)) is not None:
+        raise InputError(f"block {name}: {role} gradients must be a plain tensor, got {what}")
+    if is_transformed(batch):
+        raise InputError(
+            f"block {name}: {role} gradients carry a forward-mode derivative or belong to a "
+            "torch.func transform; solvers take the numbers alone "
+            "(torch.autograd.forward_ad.unpack_dual(...).primal, or call outside the transform)"
+        )
 
 
 def row_squares(name: str, batch: Tensor, role: str, first_row: int = 0) -> Tensor:

@@ -64,7 +64,10 @@ def schulz(
     The damping bounds each spectrum below, unless Lanczos steps see that it begins higher; trace,
     norms and Lanczos steps bound it above.
     """
-    stack, damping = torch.stack(list(A)), torch.tensor(lams, dtype=torch.float64).to(A[0].device)
+    stack, damping = (
+        torch.stack(list(A)),
+        torch.tensor(lams, dtype=torch.float64, device=A[0].device),
+    )
     ritz = lanczos(stack)
     upper = upper_bound(stack, damping, ritz)
     lower = torch.minimum(torch.maximum(damping, lower_estimate(stack, ritz)), upper)

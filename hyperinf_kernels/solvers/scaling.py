@@ -51,7 +51,7 @@ class Scaled:
         """
         if self.exponents is not None:
             return torch.pow(2.0, block - times * self.exponents)
-        whole = torch.full(self.values.shape[:1], 2.0**block, dtype=torch.float64)
+        whole = torch.full(self.values.shape[:1], 2.0**block, dtype=torch.float64, device="cpu")
         return whole.to(self.values.device) if block else None
 
 

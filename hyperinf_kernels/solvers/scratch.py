@@ -41,7 +41,7 @@ class Scratch:
         """
         numbers = math.prod(shape)
         if numbers == 0:
-            return torch.empty(*shape, dtype=dtype)
+            return torch.empty(*shape, dtype=dtype, device="cpu")
         try:
             handle, path = tempfile.mkstemp(prefix="hyperinf-", dir=self.folder)
         except OSError as error:
@@ -49,7 +49,7 @@ class Scratch:
         try:
             # a write to a mapped hole on a full disk would kill the process
             os.posix_fallocate(handle, 0, numbers * dtype.itemsize)
-            held = torch.from_file(path, shared=True, size=numbers, dtype=dtype)
+            held = torch.from_file(path, shared=True, size=numbers, dtype=dtype, device="cpu")
         except OSError as error:
             size = f"{math.ceil(numbers * dtype.itemsize / 2**10):,} KiB"
             raise InputError(f"no room for {size} in {self.folder}: {error.strerror}") from None

@@ -27,7 +27,9 @@ def solve_checked(formula: Callable[[Tensor], Tensor], V: Tensor) -> tuple[Tenso
         V: (m, ...) in fp32 or fp64, m > 0.
     """
     generator = torch.Generator().manual_seed(0)
-    Z = torch.randn(DIRECTIONS, *V.shape[1:], generator=generator).double().to(V.device)
+    Z = torch.randn(
+        DIRECTIONS, *V.shape[1:], generator=generator, dtype=torch.float32, device="cpu"
+    ).to(V.device, torch.float64)
     if len(V) <= DIRECTIONS or V.dtype == torch.float64:
         both = formula(torch.cat([V.double(), Z]))
         W, image, precision = both[: len(V)].to(V.dtype), both[len(V) :], "fp64"
