@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -109,6 +110,16 @@ def test_a_pool_is_scored_without_its_gradients(queries: tuple[int, ...]) -> Non
         oracle.f64(applied[n].flatten(1)) @ oracle.f64(grads[n].flatten(1)).T for n in grads
     )
     oracle.assert_as_exact_as(got, truth, peer, k=4, floor=16 * torch.finfo().eps)
+    # and the certificate is about these scores, of which no gradient was kept
+    for entry in attributor.report():
+        G, V, P = (stacked(model, rows)[entry.block] for rows in (TRAIN, asked, pool))
+        own = -oracle.f64(applied[entry.block].flatten(1)) @ oracle.f64(P.flatten(1)).T
+        want = (
+            -oracle.hyperinf(V, G, entry.damping).reshape(len(V), -1) @ oracle.f64(P.flatten(1)).T
+        )
+        assert entry.score_error_by == "estimate"
+        error = np.linalg.norm(own - want, axis=1) / np.linalg.norm(want, axis=1)
+        assert error.max() / 10 <= entry.score_error <= 1e-4
 
 
 class Mixed(torch.nn.Module):

@@ -13,8 +13,10 @@ import pytest
 import torch
 
 import hyperinf_kernels as hk
+from benchmarks.memory import peak_memory
 from hyperinf_kernels.ops import costs
 from hyperinf_kernels.solvers import hyperinf, planning, routes, summarise
+from hyperinf_kernels.solvers.gfim import Gfim
 from tests import oracle
 
 K = 8.0
@@ -498,3 +500,102 @@ def test_rates_of_another_machine_change_the_route(tmp_path: Any, monkeypatch: A
     path.write_text("{}")
     with pytest.raises(hk.InputError, match=r"rates\.json.*calibrate"):
         costs.rates_of("cpu")
+
+
+# --- sums in fp32 runs ---------------------------------------------------------------------------
+
+
+def wide(n: int, seed: int, d: int = 320) -> Grads:
+    return {"b": torch.randn(n, 2, d, generator=torch.Generator().manual_seed(seed))}
+
+
+def test_runs_are_for_wide_blocks_at_usual_dampings_only() -> None:
+    small = grads(40, 1)
+    for solver, train, runs in (
+        (hk.HyperINF(), wide(400, 1), True),
+        (hk.HyperINF(), small, False),
+        (hk.HyperINF(hk.DataInfDamping(1e-4)), wide(400, 1), False),
+        (hk.HyperINF(hk.AbsoluteDamping(0.1)), wide(400, 1), True),
+        (hk.HyperINF(hk.AbsoluteDamping(1e-4)), wide(400, 1), False),
+        (hk.HyperINF(tol=1e-6), wide(400, 1), False),
+        (hk.HyperINF(check="full"), wide(400, 1), False),
+        (hk.HyperINF(side="both"), wide(400, 1), False),
+        (hk.HyperINF(), {k: t.double() for k, t in wide(400, 1).items()}, False),
+    ):
+        fitted(solver, train)
+        assert all((gfim.image is not None) == runs for gfim in solver.gfims.values())
+
+
+def test_the_residual_of_runs_is_that_against_the_rows_themselves() -> None:
+    train, query = wide(400, 1), wide(4, 2)
+    solver = fitted(hk.HyperINF(), train, (150, 7, 243))
+    W = solver.apply(query)
+    (entry,) = solver.report()
+    A = oracle.damped(oracle.gfim(train["b"]), entry.damping)
+    V, X = oracle.f64(query["b"]), oracle.f64(W["b"])
+    E = np.linalg.norm((V - X @ A).reshape(4, -1), axis=1) / np.linalg.norm(
+        V.reshape(4, -1), axis=1
+    )
+    assert E.max() / 3 <= entry.residual <= 3 * E.max()
+    assert entry.residual_by == "estimate"
+    assert entry.converged
+
+
+@pytest.mark.parametrize("one", [hk.DataInfDamping(0.1), hk.AbsoluteDamping(0.1)], ids=str)
+def test_shards_of_runs_merge_to_what_the_whole_is_known_by(one: Any) -> None:
+    train, query = wide(400, 1), wide(4, 2)
+    parts = [fitted(hk.HyperINF(one), {"b": t}) for t in train["b"].split((250, 150))]
+    merged, whole = parts[0].merge(parts[1]).fit(), fitted(hk.HyperINF(one), train)
+    exact = fitted(hk.HyperINF(one, tol=1e-3), train)
+    image = whole.gfims["b"].image
+    assert image is not None
+    assert merged.gfims["b"].image is not None
+    stacked = train["b"].flatten(0, 1).double()
+    want = whole.gfims["b"].probes() @ stacked.mT @ stacked
+    for found in (image, merged.gfims["b"].image):
+        assert float((found - want).norm() / want.norm()) <= 1e-13
+    W, truth = merged.apply(query)["b"], exact.apply(query)["b"]
+    assert float((W - truth).norm() / truth.norm()) <= 1e-5
+
+
+def test_runs_and_fp64_sums_merge_either_way() -> None:
+    first, second = wide(250, 1), wide(150, 2)
+    for order in (1, -1):
+        runs = fitted(hk.HyperINF(), first)
+        fine = fitted(hk.HyperINF(), second)
+        fine.gfims["b"] = Gfim(2, 320, "cols", "none")
+        fine.gfims["b"].add(second["b"], copy=True)
+        one, other = (runs, fine)[::order]
+        merged = one.merge(other).fit().gfims["b"]
+        stacked = torch.cat([first["b"], second["b"]]).flatten(0, 1).double()
+        want = merged.probes() @ stacked.mT @ stacked
+        assert float((merged.image - want).norm() / want.norm()) <= 1e-13
+
+
+def test_a_saved_fit_of_runs_knows_what_they_lost() -> None:
+    train, query = wide(400, 1), wide(4, 2)
+    solver = fitted(hk.HyperINF(), train)
+    again = hk.HyperINF(**solver.options())
+    again.restore(*solver.state())
+    for one in (solver, again):
+        one.update(wide(30, 9))
+        one.apply(query)
+    assert again.report() == solver.report()
+    assert again.report()[0].residual_by == "estimate"
+    # a state from before there were runs has no image: its sums are fp64
+    tensors, meta = fitted(hk.HyperINF(tol=1e-3), train).state()
+    assert set(tensors) == {"b"}
+    old = hk.HyperINF()
+    old.restore(tensors, meta)
+    old.fit().apply(query)
+    assert old.report()[0].residual_by == "measured"
+
+
+@pytest.mark.parametrize("method", ["hyperinf", "kfac", "ekfac"])
+def test_no_fp64_copy_of_the_rows_is_made(method: str) -> None:
+    """Rows of 128 MiB, in fp64 256: sums, factors, W and temporaries of tiles stay below both."""
+    train = {"b": torch.randn(2048, 16, 1024)}
+    query = {"b": torch.randn(4, 16, 1024)}
+    call = lambda: hk.influence(train, query, method)
+    hk.influence({"b": train["b"][:128]}, query, method)
+    assert peak_memory(call) <= {"hyperinf": 96, "kfac": 128, "ekfac": 240}[method] * 2**20

@@ -17,9 +17,10 @@ from ..gradients.capture import TokenSink
 from ..gradients.losses import described
 from ..gradients.tokens import check_token_factors
 from ..solvers import KFAC, BlockReport, Damping, FlatSolver, GradientRows, Solver, make_solver
+from ..solvers.scorer import Scorer
 from . import saved
-from .influence import kept_scores, sum_blocks
-from .scores import DensePanel, Id, InfluenceScores, TopKPanel, block_scores
+from .influence import fitted_scores, sum_blocks
+from .scores import DensePanel, Id, InfluenceScores, TopKPanel
 from .stream import (
     GradientCache,
     Gradients,
@@ -280,23 +281,26 @@ class Attributor:
     ) -> Iterator[tuple[list[Id], dict[str, Tensor]]]:
         """(training ids, scores per block), all at once where the solver holds the rows."""
         start = time.perf_counter()
-        if isinstance(self.solver, FlatSolver) and self._is_fitted_set(loader):
-            scores = kept_scores(self.solver, queries, per_block)
+        rows = self._kept_rows(loader)
+        if rows is not None:
+            batches = {
+                name: [chunk.unflatten(1, self.shapes[name]) for _, chunk in block.given()]
+                for name, block in ({} if isinstance(self.solver, FlatSolver) else rows).items()
+            }
+            scores = fitted_scores(self.solver, queries, batches, per_block)
             self.seconds["solve"] = time.perf_counter() - start
             self.seconds["score"] = 0.0
             yield self.train_ids, scores
             return
-        applied = self.solver.apply(queries)
+        scorer = Scorer(self.solver, queries)
         self.seconds["solve"] = time.perf_counter() - start
         start = time.perf_counter()
-        if self._kept_rows(loader) is None:
-            # what is read again is scored as it is read
-            yield from score_batches(
-                self.model, self._readable(loader), self.loss, self.blocks, applied, self.progress
-            )
-        else:
-            for ids, grads in self._training(loader):
-                yield ids, block_scores(applied, grads)
+        # what is read again is scored as it is read
+        yield from score_batches(
+            self.model, self._readable(loader), self.loss, self.blocks, scorer.applied,
+            self.progress, scorer,
+        )  # fmt: skip
+        scorer.certify()
         self.seconds["score"] = time.perf_counter() - start
 
     def _is_fitted_set(self, loader: Iterable[Any] | None) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from ..errors import InputError
 from ..ops.ambient import unaffected
 from ..solvers import Damping, FlatSolver, Gradients, Solver, make_solver
 from ..solvers.inputs import check_shapes
-from .scores import DensePanel, Id, InfluenceScores, TopKPanel, block_scores
+from ..solvers.scorer import row_scores
+from .scores import DensePanel, Id, InfluenceScores, TopKPanel
 
 
 @unaffected
@@ -63,10 +64,8 @@ def influence(
     queries = len(next(iter(query_grads.values())))
     ids = _ids(train_ids, solver.n, "train")
     panel = DensePanel(queries) if top_k is None else TopKPanel(queries, top_k)
-    if isinstance(solver, FlatSolver):
-        split = kept_scores(solver, query_grads, per_block)
-    else:
-        split = block_scores(solver.apply(query_grads), train_grads)
+    rows = {name: [grads] for name, grads in train_grads.items()}
+    split = fitted_scores(solver, query_grads, rows, per_block)
     panel.add(ids, sum_blocks(split))
     return InfluenceScores(
         **panel.finish(),
@@ -81,12 +80,23 @@ def influence(
     )
 
 
-def kept_scores(solver: FlatSolver, queries: Gradients, per_block: bool) -> dict[str, Tensor]:
-    """Scores (m, n) of the rows that a solver keeps, by block or as their sum under one name."""
+def fitted_scores(
+    solver: Solver, queries: Gradients, rows: Mapping[str, Sequence[Tensor]], per_block: bool
+) -> dict[str, Tensor]:
+    """Certified scores (m, n) of the fitted rows, by block or as their sum under one name.
+
+    Args:
+        rows: {block: batches (B, r, d)} of all fitted rows, for a solver that does not keep them.
+    """
+    parts: Iterator[tuple[str, Tensor]]
+    if isinstance(solver, FlatSolver):
+        parts = solver.scores_by_block(queries)
+    else:
+        parts = row_scores(solver, queries, rows)
     if per_block:
-        return solver.scores(queries)
+        return dict(parts)
     total: Tensor | None = None
-    for _, S in solver.scores_by_block(queries):
+    for _, S in parts:
         total = S if total is None else total + S
     assert total is not None
     return {"all blocks": total}

@@ -72,7 +72,7 @@ class InfluenceScores:
         return Ranked([row[:k] for row in self.harmful.ids], self.harmful.values[:, :k])
 
     def certificate(self) -> dict[str, object]:
-        """Whether every block was solved to tolerance, the worst residual, and a sentence."""
+        """Whether the scores are certified, their worst error and residual, and a sentence."""
         return summarise(self.report)
 
     def aligned(self, train_ids: Sequence[Id], query_ids: Sequence[Id]) -> InfluenceScores:
@@ -124,9 +124,8 @@ class InfluenceScores:
         }  # fmt: skip
         for name, block in (self.per_block or {}).items():
             columns[name] = block.flatten().numpy()
-        # opened here: arrow cannot open a name that the locale does not encode
-        with atomic(Path(path)) as temporary, open(temporary, "wb") as file:
-            pq.write_table(pa.table(columns), file, compression="zstd")
+        with atomic(Path(path)) as temporary:
+            pq.write_table(pa.table(columns), temporary, compression="zstd")
 
     def to_html(self, path: str | os.PathLike[str], **context: Any) -> None:
         """Write the self-contained HTML report; `context` adds keys of the report document."""

@@ -21,8 +21,9 @@ from ..gradients import (
     verify_first_batch,
 )
 from ..gradients.blocks import block_parameters
-from ..gradients.capture import TokenSink, move
+from ..gradients.capture import Probes, TokenSink, move
 from ..solvers import GradientRows
+from ..solvers.scorer import Scorer
 from .scores import Id
 
 Gradients = dict[str, Tensor]
@@ -72,21 +73,28 @@ def score_batches(
     blocks: Sequence[Block],
     applied: Mapping[str, Tensor],
     progress: Progress | None = None,
+    scorer: Scorer | None = None,
 ) -> Iterator[tuple[list[Id], Gradients]]:
     """(ids, {block: (m, B)}) for every batch: -<W_q, g_k> without keeping any g_k.
 
     Args:
         applied: {block: (m, r, d)}, W of the queries.
+        scorer: told of every batch what its certificate needs.
 
     Raises:
         InputError: as `gradient_batches`.
     """
 
     def read(batch: Any, done: int) -> Gradients:
-        return batch_dots(model, batch, loss, blocks, applied, done)
+        probes = None if scorer is None else Probes(scorer.probes)
+        scores = batch_dots(model, batch, loss, blocks, applied, done, probes)
+        scores = {name: part.mT.neg() for name, part in scores.items()}
+        if scorer is not None and probes is not None:
+            for name, X in probes.drawn.items():
+                scorer.add(name, scores[name], X, probes.images[name])
+        return scores
 
-    for ids, dots in _walk(model, loader, "train", progress, read):
-        yield ids, {name: part.mT.neg() for name, part in dots.items()}
+    yield from _walk(model, loader, "train", progress, read, of=1)
 
 
 def _walk(
@@ -95,14 +103,18 @@ def _walk(
     stage: str,
     progress: Progress | None,
     read: Callable[[Any, int], Gradients],
+    of: int = 0,
 ) -> Iterator[tuple[list[Id], Gradients]]:
-    """(ids, read(batch, rows before it)) of every batch, the model prepared meanwhile."""
+    """(ids, read(batch, rows before it)) of every batch, the model prepared meanwhile.
+
+    `of` is the dimension of what is read that counts rows.
+    """
     total = _length(loader)
     done = 0
     with prepared(model):
         for batch in loader:
             found = read(batch, done)
-            count = len(next(iter(found.values())))
+            count = next(iter(found.values())).shape[of]
             ids = _ids(batch, done, count)
             if done == 0:
                 _warn_if_shuffled(loader, batch)

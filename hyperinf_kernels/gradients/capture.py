@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..ops import per_sample_dot
+from ..ops.sketch import combine_rows
 from ..solvers.inputs import check_finite
 from .blocks import Block, find_blocks
 from .layers import bias_gradient, outer_factors
@@ -111,7 +112,7 @@ def batch_gradients(
 
 def batch_dots(
     model: nn.Module, batch: Any, loss: Loss, blocks: Sequence[Block],
-    W: Mapping[str, Tensor], first_row: int = 0,
+    W: Mapping[str, Tensor], first_row: int = 0, probes: Probes | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
     """`{name: einsum("brd,mrd->bm", grads[name], W[name])}` of `batch_gradients`.
 
@@ -121,6 +122,7 @@ def batch_dots(
 
     Args:
         W: {block: (m, r, d)}.
+        probes: also takes the batch's gradients summed with its weights.
 
     Raises:
         InputError: a gradient holds NaN or inf (block and row named).
@@ -129,8 +131,13 @@ def batch_dots(
     def dots(block: Block, x: Tensor, delta: Tensor) -> Tensor:
         stack = W[block.name]
         if block.layer.outer and not block.is_bias:
-            return per_sample_dot(*outer_factors(x, delta, block.transpose), stack)
+            factors = outer_factors(x, delta, block.transpose)
+            if probes is not None:
+                probes.add_factors(block.name, *factors)
+            return per_sample_dot(*factors, stack)
         grads = gradient_of(block, x, delta)
+        if probes is not None:
+            probes.add(block.name, grads)
         dtype = torch.promote_types(grads.dtype, stack.dtype)
         return grads.flatten(1).to(dtype) @ stack.flatten(1).mT.to(dtype)
 
@@ -145,6 +152,47 @@ def batch_dots(
     if not bool(torch.isfinite(sizes).all()):
         batch_gradients(model, batch, loss, blocks, first_row)
     return found
+
+
+class Probes:
+    """A batch's gradients summed with a few weights: X^T P (s, r, d) for X (B, s), by block.
+
+    Args:
+        draw: X of a block for so many rows, or None where a block needs none; asked once a batch.
+    """
+
+    def __init__(self, draw: Callable[[str, int], Tensor | None]) -> None:
+        self._draw = draw
+        self._asked: set[str] = set()
+        self.drawn: dict[str, Tensor] = {}
+        self.images: dict[str, Tensor] = {}
+
+    def add(self, name: str, grads: Tensor) -> None:
+        """Gradients (B, r, d) of one use of a layer."""
+        X = self._weights(name, len(grads))
+        if X is not None:
+            self._take(name, combine_rows(X, grads.flatten(1)).view(-1, *grads.shape[1:]))
+
+    def add_factors(self, name: str, left: Tensor, right: Tensor) -> None:
+        """The same where they are left (B, T, r)^T right (B, T, d): one product over all tokens."""
+        X = self._weights(name, len(left))
+        if X is not None:
+            dtype = torch.float64 if left.dtype == torch.float64 else torch.float32
+            weighted = left.to(dtype).unsqueeze(2) * X.to(dtype)[:, None, :, None]
+            image = weighted.flatten(2).flatten(0, 1).mT @ right.to(dtype).flatten(0, 1)
+            self._take(name, image.view(X.shape[1], left.shape[-1], right.shape[-1]).double())
+
+    def _weights(self, name: str, count: int) -> Tensor | None:
+        if name not in self._asked:
+            self._asked.add(name)
+            X = self._draw(name, count)
+            if X is not None:
+                self.drawn[name] = X
+        return self.drawn.get(name)
+
+    def _take(self, name: str, image: Tensor) -> None:
+        held = self.images.get(name)
+        self.images[name] = image if held is None else held + image
 
 
 def gradient_of(block: Block, x: Tensor, delta: Tensor) -> Tensor:

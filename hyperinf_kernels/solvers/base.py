@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
@@ -15,6 +15,7 @@ from ..errors import InputError
 from ..ops.ambient import shielded
 from ..ops.checks import accumulation_dtype
 from .damping import DEFAULT_DAMPING, Damping, as_damping
+from .directions import Direction, Sight, norms, spread
 from .inputs import Gradients, check_shapes, not_finite, row_squares
 from .merging import check_mergeable
 from .planning import SolvePlan
@@ -67,6 +68,7 @@ class Solver:
     method: ClassVar[str]
     option_names: ClassVar[tuple[str, ...]] = ()
     needs_damping: ClassVar[bool] = True
+    closed_form: ClassVar[bool] = False  # `residual` is the relative error of W itself
     scale_free: bool = True  # whether a block's scale cancels, so that it may be worked on in range
     second_pass: bool = False  # whether fit needs every training gradient once more, by `revisit`
 
@@ -187,22 +189,67 @@ class Solver:
         if not self.lambdas:
             self.fit()
         solved = {}
-        for name, V, W, outcome in self._applied(self.check_queries(queries)):
-            # W = V A^-1, and A counts gradients twice
-            power = 2 * self.blocks[name].exponent
-            solved[name], outcome = self._delivered(name, W, V, power, outcome)
-            self._record(name, self.blocks[name], outcome, angle(V.values, W))
+        for name, direction in self.directions(queries):
+            solved[name] = direction.W
+            self.record(name, direction.outcome, direction.turn)
         return solved
 
-    def _applied(
-        self, queries: Mapping[str, Scaled]
-    ) -> Iterator[tuple[str, Scaled, Tensor, Outcome]]:
-        """(block, queries, W, how it was solved), all in the units of the block."""
+    def directions(self, queries: Gradients) -> Iterator[tuple[str, Direction]]:
+        """`apply` block by block, with what is known of its error and without a report."""
+        for name, V, found in self.solved(queries):
+            exponent = self.blocks[name].exponent
+            # W = V A^-1, and A counts gradients twice
+            W, outcome = self._delivered(name, found.W, V, 2 * exponent, found.outcome)
+            if W is not found.W:
+                found = found.scaled(W, outcome, 2.0**exponent, V.powers(exponent))
+            yield name, replace(found, outcome=outcome, turn=angle(V.values, W))
+
+    def solved(self, queries: Gradients) -> Iterator[tuple[str, Scaled, Direction]]:
+        """(block, queries, their direction), all in the units of the block."""
+        if not self.lambdas:
+            self.fit()
+        yield from self._applied(self.check_queries(queries))
+
+    def deliver_scores(
+        self, name: str, S: Tensor, V: Scaled, outcome: Outcome
+    ) -> tuple[Tensor, Outcome]:
+        """Scores (m, n) in the units of the block as they are for the gradients given."""
+        return self._delivered(name, S, V, self.blocks[name].exponent, outcome)
+
+    def scores_by_rows(
+        self, name: str, V: Tensor, batches: Sequence[Tensor]
+    ) -> tuple[Tensor, float] | None:
+        """Scores (m, n) in fp64 of all fitted rows in a form in which nothing cancels, where there
+        is one, and a bound of the worst query's relative error.
+        """
+        return None
+
+    def finer(self, name: str, V: Tensor, batches: Sequence[Tensor]) -> Direction | None:
+        """The direction once more after finer sums of all fitted rows, if that helps."""
+        return None
+
+    def _applied(self, queries: Mapping[str, Scaled]) -> Iterator[tuple[str, Scaled, Direction]]:
         for name, V in queries.items():
             if V.values.numel() == 0:
-                yield name, V, torch.zeros_like(V.values), Outcome(residual=0.0)
+                yield name, V, Direction(torch.zeros_like(V.values), Outcome(residual=0.0))
             else:
-                yield name, V, *self._solve(name, V.values)
+                yield name, V, self._direction(name, V.values)
+
+    def _direction(self, name: str, V: Tensor) -> Direction:
+        """W (m, r, d) for V (m, r, d), m > 0, in a block's units."""
+        W, outcome = self._solve(name, V)
+        residual = outcome.residual
+        if residual is None or not self.needs_damping:
+            return Direction(W, outcome)
+
+        def doubt(sight: Sight) -> Tensor:
+            # what the residual is relative to: of a closed form W itself, else V
+            if self.closed_form:
+                return spread(residual * norms(W), sight.image.flatten(1))
+            solved, _ = self._solve(name, sight.image.to(V.dtype))
+            return spread(residual * norms(V), solved.double().flatten(1))
+
+        return Direction(W, outcome, doubt=doubt)
 
     def check_queries(self, queries: Gradients) -> dict[str, Scaled]:
         """Queries in the range of fp32, in the dtype that their results have.
@@ -350,14 +397,15 @@ class Solver:
         if not self.lambdas:
             self.fit()
         parts = []
-        for name, V, W, outcome in self._applied(self.check_queries(grads)):
+        for name, V, direction in self._applied(self.check_queries(grads)):
+            W, outcome = direction.W, direction.outcome
             own = -(W * V.values).sum((1, 2), keepdim=True)
             # none is lost for being small: what counts is its place among all
             own, bad, _ = deliver(own, V.powers(2 * self.blocks[name].exponent, 2))
             if bool(bad.any()):
                 raise not_finite(name, self.method, outcome.fallback)
             parts.append(own.flatten())
-            self._record(name, self.blocks[name], outcome, angle(V.values, W))
+            self.record(name, outcome, angle(V.values, W))
         return torch.stack(parts).sum(0)
 
     def _squared_half(self, grads: Gradients) -> Tensor:
@@ -374,8 +422,8 @@ class Solver:
             hardest[name] = V.some(few)
             powers = V.powers(2 * self.blocks[name].exponent, 2)
             total = total.to(own.device) - (own if powers is None else own * powers)
-        for name, V, W, outcome in self._applied(hardest):
-            self._record(name, self.blocks[name], outcome, angle(V.values, W))
+        for name, V, direction in self._applied(hardest):
+            self.record(name, direction.outcome, angle(V.values, direction.W))
         total = total.to(accumulation_dtype(*grads.values()))
         if not bool(torch.isfinite(total).all()):
             raise InputError(
@@ -431,9 +479,9 @@ class Solver:
         """(B, k) for V (B, r, d)."""
         raise NotImplementedError
 
-    def _record(
-        self, name: str, state: BlockState, outcome: Outcome, collapse_angle: float | None
-    ) -> None:
+    def record(self, name: str, outcome: Outcome, collapse_angle: float | None) -> None:
+        """Put how a block was solved into the report."""
+        state = self.blocks[name]
         entry = BlockReport(
             block=name,
             method=self.method,

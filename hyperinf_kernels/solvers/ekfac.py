@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -14,13 +14,16 @@ from torch import Tensor
 from ..errors import InputError
 from ..ops.checks import accumulation_dtype
 from .damping import DEFAULT_DAMPING, Damping
+from .directions import Direction, norms
 from .inputs import Gradients, check_shapes, row_squares
-from .kfac import KFAC, Basis, Tokens
+from .kfac import EPS64, KFAC, Basis, Tokens
 from .report import Check
 from .rows import GradientRows
 from .scratch import Scratch
 
 SAMPLES = 64  # rotated at a time, so that memory stays bounded
+FINE_SQUARES = 1e-2  # times the mean square: a damping below needs rotations in fp64
+EPS32 = torch.finfo(torch.float32).eps
 
 
 class EKFAC(KFAC):
@@ -58,6 +61,7 @@ class EKFAC(KFAC):
         self.rows: dict[str, GradientRows] = {}
         self._scratch = None if self.folder is None else Scratch(self.folder)
         self._squares: dict[str, tuple[int, Tensor]] = {}  # samples seen, and their sum (r, d)
+        self._fine: set[str] = set()  # blocks whose squares are of fp64 rotations
 
     @property
     def kept(self) -> Mapping[str, GradientRows] | None:
@@ -98,14 +102,37 @@ class EKFAC(KFAC):
             found = self._rotated(name, [self.scaled(name, batch)])
             self._squares[name] = (before + len(batch), total + found)
 
-    def _rotated(self, name: str, batches: Iterable[Tensor]) -> Tensor:
+    def _rotated(self, name: str, batches: Iterable[Tensor], fine: bool = False) -> Tensor:
         """Sum of the squares (r, d) of batches (B, r, d) in the basis, a few samples at a time."""
         basis = self.kronecker(name)
         total = torch.zeros_like(basis.eigenvalues)
+        if fine or self._needs_fine_squares(name):
+            self._fine.add(name)
         for batch in batches:
             for part in batch.split(SAMPLES):
-                total += basis.into(part.to(accumulation_dtype(part))).double().square().sum(0)
+                dtype = torch.float64 if name in self._fine else accumulation_dtype(part)
+                total += basis.into(part.to(dtype)).double().square().sum(0)
         return total
+
+    def _needs_fine_squares(self, name: str) -> bool:
+        """Whether what fp32 rotations leave in a small eigenvalue counts beside the damping."""
+        state = self.blocks[name]
+        return self._lambda(name, state.mean_square) < FINE_SQUARES * state.mean_square
+
+    def _doubt(self, name: str, V: Tensor, W: Tensor, image: Tensor) -> Tensor:
+        # the formula is its own in the basis, so only the eigenvalues and the rotations can be off
+        basis, lam, state = self.basis(name), self.lambdas[name], self.blocks[name]
+        E, unit = basis.eigenvalues, EPS64 if name in self._fine else EPS32
+        each = 4 * unit * (state.sum_square / state.n) ** 0.5
+        off = (2 * E.sqrt() * each + each**2) / (E + lam)
+        moved = norms(basis.into(W) * off * basis.into(image).square().mean(0).sqrt())
+        return torch.hypot(moved, self._hidden(name, V, W, image))
+
+    def finer(self, name: str, V: Tensor, batches: Sequence[Tensor]) -> Direction | None:
+        if name in self._fine:
+            return None
+        self._squares[name] = (self.blocks[name].n, self._rotated(name, batches, fine=True))
+        return self._direction(name, V)
 
     def basis(self, name: str) -> Basis:
         n, shape = self.blocks[name].n, self.blocks[name].shape

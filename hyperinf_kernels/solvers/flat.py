@@ -146,7 +146,7 @@ class FlatSolver(Solver):
         """`scores` of one fitted block for flattened queries (m, D); `seen` where it is known."""
         S, outcome, turn = self._scores(name, given.values, seen)
         S, outcome = self._delivered(name, S, given, self.blocks[name].exponent, outcome)
-        self._record(name, self.blocks[name], outcome, turn)
+        self.record(name, outcome, turn)
         return S
 
     def _scores(
@@ -195,7 +195,7 @@ class FlatSolver(Solver):
                     seen = Seen(rows, V, self.gram(name).between(own).to(V.dtype), own)
                 # rows are in the units of their block already, and so no scale is left in S
                 S, outcome, turn = self._scores(name, V, seen)
-                self._record(name, self.blocks[name], outcome, turn)
+                self.record(name, outcome, turn)
                 yield own, S
                 start = own.stop
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, Self
 
 import torch
@@ -14,8 +14,8 @@ from ..ops.costs import rates_of
 from . import routes
 from .base import BlockState, Solver
 from .damping import DEFAULT_DAMPING, Damping
+from .directions import Direction, Sight, norms, rounded, spread
 from .gfim import Gfim, Side
-from .gram import worst_ratio
 from .inputs import Gradients
 from .options import at_least_one, not_negative, positive, positive_or_none
 from .planning import (
@@ -30,12 +30,17 @@ from .planning import (
     scored,
 )
 from .report import RESIDUAL_LIMIT, Check, Outcome, with_rounding
+from .rows import squares
 from .scaling import Scaled
 
 Mode = Literal["converged", "paper"]
 Inverse = Literal["auto", "direct", "schulz", "dual", "cg"]
 
 PAPER_LIMIT = 1e-2
+RUNS_FROM = 256  # sides of C from which fp32 runs pay
+RUNS_DAMPING = 1e-2  # times the mean square; below, what runs lose in C is too much beside lambda
+ESTIMATED = 3.0  # a residual of several rows shows less than a third of itself to 4 probes: rare
+ROUNDING = 8 * torch.finfo(torch.float64).eps  # of fp64 sums and factors, relative to the trace
 CG_TOL = {torch.float32: 1e-7, torch.float64: 1e-14}  # by what W is rounded to
 BATCH_NUMBERS = 1 << 23  # of all matrices of one batched Schulz call
 FACTOR_NUMBERS = 1 << 27  # of all Cholesky factors kept between calls
@@ -110,7 +115,7 @@ class HyperINF(Solver):
         self.gfims: dict[str, Gfim] = {}
         self._factors: dict[tuple[str, str], Tensor] = {}
         self._queries: Gradients = {}
-        self._batched: dict[str, tuple[Tensor, routes.Solved]] = {}
+        self._batched: dict[str, routes.Solved] = {}
 
     def plan(
         self, shapes: Mapping[str, tuple[int, int]], n: int, queries: int, device: str = "cpu"
@@ -149,9 +154,7 @@ class HyperINF(Solver):
         # the released arithmetic has a step and a damping of its own
         return self.mode != "paper"
 
-    def _applied(
-        self, queries: Mapping[str, Scaled]
-    ) -> Iterator[tuple[str, Scaled, Tensor, Outcome]]:
+    def _applied(self, queries: Mapping[str, Scaled]) -> Iterator[tuple[str, Scaled, Direction]]:
         # blocks that are solved in one batch need each other's queries
         self._queries = {name: V.values for name, V in queries.items()}
         try:
@@ -203,10 +206,10 @@ class HyperINF(Solver):
     def _sides(self) -> tuple[str, ...]:
         return ("rows", "cols") if self.side == "both" else (self.side,)
 
-    def _gfim(self, name: str, shape: tuple[int, int] | None = None) -> Gfim:
+    def _gfim(self, name: str, shape: tuple[int, int] | None = None, fine: bool = True) -> Gfim:
         if name not in self.gfims:
             r, d = shape or self.blocks[name].shape
-            self.gfims[name] = Gfim(r, d, self.side, self._kept_rows())
+            self.gfims[name] = Gfim(r, d, self.side, self._kept_rows(), fine)
         return self.gfims[name]
 
     def _kept_rows(self) -> Literal["few", "all", "none"]:
@@ -215,7 +218,21 @@ class HyperINF(Solver):
         return "few" if self.inverse == "auto" else "all"
 
     def _keep(self, name: str, batch: Tensor, copy: bool) -> None:
-        self._gfim(name).add(batch, copy)
+        self._gfim(name, fine=self._needs_fine_sums(name, batch)).add(batch, copy)
+
+    def _needs_fine_sums(self, name: str, batch: Tensor) -> bool:
+        """Whether C is summed in fp64 throughout, decided by the first batch of a block."""
+        if name in self.gfims:
+            return True
+        r, d = self.blocks[name].shape
+        asked = self.check == "full" or self.mode == "paper" or self.tol is not None
+        if self.side != "cols" or d < RUNS_FROM or asked or batch.dtype == torch.float64:
+            return True
+        if self.damping.data_inf + r * self.damping.trace >= RUNS_DAMPING:
+            return False
+        mean_square = float(squares(batch.flatten(1)).mean()) / (r * d)
+        absolute = self.damping.absolute * self.blocks[name].unit
+        return absolute < RUNS_DAMPING * mean_square
 
     def _mean_eigenvalue(self, state: BlockState) -> float:
         if self.side == "both":
@@ -250,47 +267,117 @@ class HyperINF(Solver):
         if self.inverse not in ("auto", "direct"):
             raise InputError(f"{where}: {self.inverse} needs a positive damping, got 0")
 
-    def _solve(self, name: str, V: Tensor) -> tuple[Tensor, Outcome]:
+    def _direction(self, name: str, V: Tensor) -> Direction:
+        wide, solved = self._solved(name, V)
+        W, lost = rounded(wide, V.dtype)
+        if self.check == "off":
+            return Direction(W, self._outcome(name, solved, None), lost)
+        sizes = norms(V)
+        E = self._residuals(name, V, W)
+        outcome = self._outcome(name, solved, worst(norms(E), sizes))
+        if not outcome.converged and outcome.fallback is None and self.mode != "paper":
+            before = worst(norms(self._residuals(name, V, wide)), sizes)
+            outcome = with_rounding(outcome, before, outcome.tolerance, W.dtype)
+
+        def doubt(sight: Sight) -> Tensor:
+            whole = W.double() if lost is None else W.double() + lost
+            return self._doubt(name, V, whole, sight)
+
+        return Direction(W, outcome, lost, doubt)
+
+    def _solved(self, name: str, V: Tensor) -> tuple[Tensor, routes.Solved]:
+        """W (m, r, d) in fp64 for V (m, r, d), and how it was solved."""
+        V64, lam = V.double(), self.lambdas[name]
         if self.side == "both":
-            return self._both(name, V)
+            factors = {side: self._factor(name, side) for side in self._sides()}
+            W = routes.both(V64, **factors)
+            return W, routes.Solved(W, products=2)
         # the row side acts from the left: (A^-1 g)^T = g^T A^-1
-        turned = V.mT if self.side == "rows" else V
+        turned = V64.mT if self.side == "rows" else V64
         thin = turned.reshape(-1, turned.shape[-1])
-        V64, lam = thin.double(), self.lambdas[name]
         route = "paper" if self.mode == "paper" else self._route(name, len(V))
         if lam <= 0 and route != "paper":
             self._refuse_undamped(f"block {name}")
         if route == "dual":
-            rows = self._gfim(name).rows()
-            solved = routes.dual(rows, self.n, lam, V64)
-            product = lambda W: routes.dual_product(rows, self.n, lam, W)  # noqa: E731
+            solved = routes.dual(self._gfim(name).rows(), self.n, lam, thin)
         else:
-            A, solved = self._dense(name, route, V64, V.dtype)
-            product = lambda W: W @ A  # noqa: E731
-        W = solved.W.to(V.dtype)
-        outcome = self._outcome(name, solved, _residual(V64 - product(W.double()), V64, len(V)))
-        if not outcome.converged and outcome.fallback is None and self.mode != "paper":
-            before = _residual(V64 - product(solved.W.double()), V64, len(V))
-            outcome = with_rounding(outcome, before, self.tol or RESIDUAL_LIMIT, W.dtype)
-        W = W.view(turned.shape)
-        return (W.mT.contiguous() if self.side == "rows" else W), outcome
+            solved = self._dense(name, route, thin, V.dtype)
+        W = solved.W.double().view(turned.shape)
+        return (W.mT if self.side == "rows" else W), solved
 
-    def _dense(
-        self, name: str, route: str, V: Tensor, dtype: torch.dtype
-    ) -> tuple[Tensor, routes.Solved]:
+    def _residuals(self, name: str, V: Tensor, W: Tensor) -> Tensor:
+        """V - W A (m, r, d) in fp64; where A is only nearly known, something of its norms (m,)."""
+        gfim, lam, W = self._gfim(name), self.lambdas[name], W.double()
+        V = V.double()
+        if self.side == "both":
+            return V - self.curvature(name, "rows") @ W @ self.curvature(name, "cols")
+        if gfim.image is not None:
+            Z = gfim.probes()
+            seen = V @ Z.mT - W @ (gfim.image / self.n + lam * Z).mT
+            return seen / len(Z) ** 0.5
+        if gfim.holds_rows and len(gfim.rows()) < gfim.d:
+            flat = W.flatten(0, 1)
+            return V - routes.dual_product(gfim.rows(), self.n, lam, flat).view_as(V)
+        A = self.curvature(name)
+        return V - (A @ W if self.side == "rows" else W @ A)
+
+    def _doubt(self, name: str, V: Tensor, W: Tensor, sight: Sight) -> Tensor:
+        """How far scores of W in fp64 are off because W is not V A^-1, (m,), about."""
+        E, gfim = self._residuals(name, V, W), self._gfim(name)
+        solved = self._inverted(name, sight.image)
+        ends = solved.mT if self.side == "rows" else solved
+        if gfim.image is not None:
+            return spread(norms(E), ends)
+        # E A^-1 X^T P itself, and what rounding hides of it
+        seen = E.flatten(1) @ solved.flatten(1).mT
+        state = self.blocks[name]
+        top = state.sum_square / state.n + self.lambdas[name]
+        hidden = spread(ROUNDING * top * norms(W), ends)
+        return torch.hypot(norms(seen) / len(solved) ** 0.5, hidden)
+
+    def _inverted(self, name: str, X: Tensor) -> Tensor:
+        """X A^-1 (s, r, d), for certificates."""
+        if self.side == "both":
+            return routes.both(X, **{side: self._factor(name, side) for side in self._sides()})
+        gfim, lam = self._gfim(name), self.lambdas[name]
+        if gfim.holds_rows and len(gfim.rows()) < gfim.d and lam > 0:
+            return routes.dual(gfim.rows(), self.n, lam, X.flatten(0, 1)).W.view_as(X)
+        factor = self._factor(name, self.side)
+        if self.side == "rows":
+            return torch.cholesky_solve(X, factor.expand(len(X), *factor.shape))
+        return torch.cholesky_solve(X.flatten(0, 1).mT, factor).mT.view_as(X)
+
+    def scores_by_rows(
+        self, name: str, V: Tensor, batches: Sequence[Tensor]
+    ) -> tuple[Tensor, float] | None:
+        (r, d), n, lam = self.blocks[name].shape, self.n, self.lambdas[name]
+        if self.mode == "paper" or self.side != "cols" or n * r >= d or lam <= 0:
+            return None
+        rows = torch.cat([batch.reshape(-1, d) for batch in batches])
+        return routes.row_space_scores(rows, n, lam, V)
+
+    def finer(self, name: str, V: Tensor, batches: Sequence[Tensor]) -> Direction | None:
+        gfim = self._gfim(name)
+        if gfim.image is None:
+            return None
+        gfim.sum_again(batches)
+        self._factors.clear()
+        return self._direction(name, V)
+
+    def _dense(self, name: str, route: str, V: Tensor, dtype: torch.dtype) -> routes.Solved:
         if route == "schulz":
             if name not in self._batched:
                 self._solve_alike(name)
             return self._batched.pop(name)
-        A = self.curvature(name)
         if route == "direct":
-            return A, routes.direct(self._factor(name, self.side, A), V)
+            return routes.direct(self._factor(name, self.side), V)
+        A = self.curvature(name)
         if route == "cg":
             tol = min(CG_TOL[dtype], (self.tol or 1e-3) / 4)
-            return A, routes.cg(lambda W: W @ A, V, tol)
-        A = A.to(dtype)
-        solved = routes.released(A, V.to(dtype), self.lambdas[name], self.start, self.iterations)
-        return A.double(), solved
+            return routes.cg(lambda W: W @ A, V, tol)
+        return routes.released(
+            A.to(dtype), V.to(dtype), self.lambdas[name], self.start, self.iterations
+        )
 
     def _solve_alike(self, first: str) -> None:
         """Solve `first` and the blocks of equal size behind it in one batched call."""
@@ -309,15 +396,7 @@ class HyperINF(Solver):
         turned = [V.mT if self.side == "rows" else V for V in queries]
         V = [t.double().reshape(-1, t.shape[-1]) for t in turned]
         solved = routes.schulz(A, V, [self.lambdas[name] for name in names], self.tol)
-        self._batched |= dict(zip(names, zip(A, solved, strict=True), strict=True))
-
-    def _both(self, name: str, V: Tensor) -> tuple[Tensor, Outcome]:
-        A = {side: self.curvature(name, side) for side in self._sides()}
-        factors = {side: self._factor(name, side, A[side]) for side in A}
-        V64 = V.double()
-        W = routes.both(V64, **factors).to(V.dtype)
-        E = V64 - A["rows"] @ W.double() @ A["cols"]
-        return W, self._outcome(name, routes.Solved(W, products=2), _residual(E, V64, len(V)))
+        self._batched |= dict(zip(names, solved, strict=True))
 
     def _condition_bound(self, name: str) -> float | None:
         bound = super()._condition_bound(name)
@@ -328,12 +407,17 @@ class HyperINF(Solver):
         root = math.sqrt(bound - 1)
         return (1 + root * math.sqrt(r / d)) * (1 + root * math.sqrt(d / r))
 
-    def _outcome(self, name: str, solved: routes.Solved, residual: float) -> Outcome:
+    def _outcome(self, name: str, solved: routes.Solved, residual: float | None) -> Outcome:
         limit, fallback = self.tol if self.tol is not None else RESIDUAL_LIMIT, solved.fallback
+        estimated = self._gfim(name).image is not None
         if self.mode == "paper":
             limit = PAPER_LIMIT
-            if fallback is None and not residual <= limit:
+            if fallback is None and residual is not None and not residual <= limit:
                 fallback = f"residual {residual:.1e}"
+        converged = None
+        if residual is not None:
+            good = (ESTIMATED if estimated else 1.0) * residual <= limit
+            converged = good and (self.mode != "paper" or fallback is None)
         return Outcome(
             backend=solved.backend,
             precision=solved.precision,
@@ -341,8 +425,10 @@ class HyperINF(Solver):
             products=solved.products,
             iterations=solved.iterations,
             residual=residual,
-            converged=residual <= limit and (self.mode != "paper" or fallback is None),
+            residual_by=None if residual is None else "estimate" if estimated else "measured",
+            converged=converged,
             fallback=fallback,
+            tolerance=limit,
         )
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -354,7 +440,7 @@ class HyperINF(Solver):
 
     def _take_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         for name, state in self.blocks.items():
-            keys = {word: _key(self.side, word, name) for word in ("cols", "rows", "samples")}
+            keys = {word: _key(self.side, word, name) for word in WORDS}
             found = {word: tensors[key] for word, key in keys.items() if key in tensors}
             sizes = {"rows": state.shape[0], "cols": state.shape[1]}
             fits = "samples" in found or all(
@@ -369,10 +455,13 @@ class HyperINF(Solver):
             self._gfim(name).take(found)
 
 
+WORDS = ("cols", "rows", "samples", "image")
+
+
 def _key(side: str, word: str, name: str) -> str:
     return name if word == side else f"{word}:{name}"
 
 
-def _residual(E: Tensor, V: Tensor, queries: int) -> float:
-    """The worst query's ||E|| / ||V||, of any layout whose first dimension holds the queries."""
-    return worst_ratio(E.reshape(queries, -1), V.reshape(queries, -1))
+def worst(errors: Tensor, sizes: Tensor) -> float:
+    """The largest of errors / sizes (m,); an error itself where a size is zero."""
+    return float((errors / torch.where(sizes > 0, sizes, 1.0)).max())

@@ -35,7 +35,8 @@ class BlockReport:
         products: dense products or factorisations spent; `iterations`: steps or refinements.
         residual: ||V - W A||_F / ||V||_F of the delivered W, measured in fp64; the worst query's,
             as all that follow. For a closed form (DataInf, K-FAC, EK-FAC) the relative error
-            against its fp64 evaluation. For scores S = -W P^T from Gram space, where no W exists:
+            against its fp64 evaluation, at least that of rounding W.
+            For scores S = -W P^T from Gram space, where no W exists:
             of DataInf and the exact method the relative error of S, of CG and LiSSA
             ||(V - W A) P^T|| / ||V P^T||, which says less about S the larger the condition is.
         converged: the figure that a person reads is within `tolerance`: `score_error` where scores
@@ -45,7 +46,9 @@ class BlockReport:
             gradient dot; near 0 the method has become gradient dot.
         residual_by: how `residual` is known: "bound", "estimate" or "measured".
         score_error: relative error of the worst query's scores against the method's formula in
-            exact arithmetic; None where no scores were formed or nothing is known of them.
+            exact arithmetic; None where no scores were formed or nothing is known of them. An
+            estimate is certified where ten times it is within `tolerance`, since four probes show
+            less than a tenth of an error twice in 10,000.
         score_error_by: how `score_error` is known, as `residual_by`.
         tolerance: what `converged` was judged by.
     """
@@ -129,6 +132,19 @@ def angle(V: Tensor, W: Tensor) -> float | None:
     return math.degrees(math.acos(min(1.0, max(-1.0, cosine))))
 
 
+_WAYS: dict[Known | None, str] = {
+    "estimate": "estimated by random probes, certified only if ten times that would do",
+    "bound": "a rigorous bound",
+    "measured": "measured in fp64",
+    None: "measured in fp64",
+}
+
+
+def _how(ways: Sequence[Known | None]) -> str:
+    """How the least certain of some figures is known."""
+    return next(text for way, text in _WAYS.items() if way in ways)
+
+
 def summarise(reports: Sequence[BlockReport]) -> dict[str, object]:
     """One certificate over all blocks: `certified`, `worst_residual`, `summary` in words."""
     residuals = [r.residual for r in reports if r.residual is not None]
@@ -150,9 +166,14 @@ def summarise(reports: Sequence[BlockReport]) -> dict[str, object]:
     if unchecked:
         parts.append(f"{len(unchecked)} not checked (check='off')")
     if worst_error is not None:
-        parts.append(f"every query's scores are within {worst_error:.1e} of the formula's")
+        how = _how([r.score_error_by for r in reports if r.score_error is not None])
+        parts.append(
+            f"the worst query's scores are {worst_error:.1e} off the method's formula, relative to "
+            f"their size ({how})"
+        )
     if worst is not None:
-        parts.append(f"largest relative residual {worst:.1e}")
+        how = _how([r.residual_by for r in reports if r.residual is not None])
+        parts.append(f"largest relative residual of a solved direction {worst:.1e} ({how})")
     if missed:
         parts.append(f"{len(missed)} did not converge, first {missed[0].block}")
     if fallbacks:

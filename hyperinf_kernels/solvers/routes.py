@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..ops import schulz_solve
+from ..ops import gram_accumulate_, schulz_solve
 from ..ops.bounds import lanczos, lower_estimate, upper_bound
 from .report import precision_of
 
 EPS64 = torch.finfo(torch.float64).eps
 REFINEMENTS = 3
+ROUNDING = 8 * EPS64  # of fp64 sums and factors, generously
 CG_STEPS = 2000
 
 
@@ -122,6 +123,29 @@ def dual_factor(rows: Tensor, n: int, lam: float) -> Tensor:
     if lam <= 0 or int(info) > 0:
         raise InputError(f"the dual needs a positive damping, got {lam:g}")
     return lower
+
+
+def row_space_scores(rows: Tensor, n: int, lam: float, V: Tensor) -> tuple[Tensor, float]:
+    """-<V A^-1, g_k> (m, n) for the samples behind rows Y (n r, d), where n r < d, without W.
+
+    V A^-1 Y^T = n V Y^T (Y Y^T + n lam I)^-1, in which nothing cancels however small lam is; scores
+    are its traces over pairs of samples. With it a bound of the worst query's relative error: what
+    fp64 rounding in Y Y^T and V Y^T can do.
+    """
+    (m, r, _), (count, _) = V.shape, rows.shape
+    K = torch.zeros(count, count, dtype=torch.float64, device=rows.device)
+    gram_accumulate_(K, rows)
+    size, trace = float(K.norm()), float(K.diagonal().sum())
+    K.diagonal().add_(n * lam)
+    L = torch.zeros(m * r, count, dtype=torch.float64, device=rows.device)
+    gram_accumulate_(L, V.flatten(0, 1), rows)
+    cross = n * direct(torch.linalg.cholesky(K), L).W
+    S = -cross.view(m, r, count // r, r).diagonal(dim1=1, dim2=3).sum(-1)
+    lengths = [torch.linalg.vector_norm(t.reshape(m, -1), dim=1) for t in (cross, V.double(), S)]
+    gain = (size + n * lam) / (n * lam)
+    errors = ROUNDING * (gain * lengths[0] + lengths[1] * math.sqrt(trace) / lam)
+    ratios = torch.where(lengths[2] > 0, errors * math.sqrt(r) / lengths[2], 0.0)
+    return S, float(ratios.max())
 
 
 def dual_half(rows: Tensor, n: int, lam: float, lower: Tensor, V: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..gradients.losses import IGNORED
-from .encoding import Encoder, warn_of_merged
 from .rows import Row
 
 
@@ -35,9 +34,6 @@ def encode(
 ) -> list[Encoded]:
     """Tokens of every row: prompt, a blank, answer, end of text; or the text alone.
 
-    Prompt and answer are tokenised as one text. A token with letters of both carries loss with the
-    answer, and one warning says so.
-
     Args:
         classes: the labels of classification rows, in order.
         limit: positions the model has; a longer row is an error.
@@ -46,27 +42,21 @@ def encode(
 
     Raises:
         InputError: a row that is too long, loses all of its answer to the cut, has a label that is
-            not among the classes, has a token that the model does not know, or none at all; an
-            answer that cannot be told from the prompt.
+            not among the classes, has a token that the model does not know, or none at all.
     """
     check_labels(rows, classes)
     class_of = {label: i for i, label in enumerate(classes)}
-    encoder = Encoder(tokenizer, tokenizer.eos_token_id)
-    encoded, merged = [], {}
+    encoded = []
     for row in rows:
         if row.answer is None:
             assert row.label is not None
-            ids = encoder.text(row.prompt).ids
+            ids = tokenizer(row.prompt)["input_ids"]
             labels: list[int] | int = class_of[row.label]
         else:
-            try:
-                tokens = encoder.pair(row.prompt, row.answer)
-            except InputError as error:
-                raise InputError(f"row {row.id}: {error}") from None
-            ids, start = tokens.ids, tokens.answer
-            labels = [IGNORED] * start + ids[start:]
-            if tokens.merged:
-                merged[row.id] = ids[start]
+            prompt = tokenizer(row.prompt)["input_ids"]
+            answer = tokenizer(" " + row.answer, add_special_tokens=False)["input_ids"]
+            answer = [*answer, tokenizer.eos_token_id]
+            ids, labels = [*prompt, *answer], [IGNORED] * len(prompt) + answer
         if max_length is not None:
             ids = ids[:max_length]
             if isinstance(labels, list):
@@ -89,9 +79,6 @@ def encode(
                 "folder holds the tokenizer of another model"
             )
         encoded.append(Encoded(row.id, ids, labels))
-    if merged:
-        first = next(iter(merged.values()))
-        warn_of_merged(list(merged), str(tokenizer.convert_ids_to_tokens(first)))
     return encoded
 
 
