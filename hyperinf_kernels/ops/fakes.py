@@ -14,6 +14,28 @@ def sherman_morrison(V: Tensor, G: Tensor, damping: Tensor) -> Tensor:
     return V.new_empty(V.shape)
 
 
+@torch.library.register_fake("hyperinf::row_dots")  # type: ignore[untyped-decorator]
+def row_dots(rows: list[Tensor], V: Tensor) -> tuple[Tensor, Tensor]:
+    n = sum(len(part) for part in rows)
+    return (
+        V.new_empty((n, len(V)), dtype=torch.float64),
+        V.new_empty(n, dtype=torch.float64),
+    )
+
+
+@torch.library.register_fake("hyperinf::span")  # type: ignore[untyped-decorator]
+def span(V: Tensor, rows: list[Tensor], B: Tensor, a: float) -> tuple[Tensor, Tensor]:
+    return V.new_empty(V.shape), V.new_empty(V.shape[:1], dtype=torch.float64)
+
+
+@torch.library.register_fake("hyperinf::span_dots")  # type: ignore[untyped-decorator]
+def span_dots(V: Tensor, rows: list[Tensor], B: Tensor, a: float) -> tuple[Tensor, Tensor]:
+    return (
+        V.new_empty(B.shape, dtype=torch.float64),
+        V.new_empty(V.shape[:1], dtype=torch.float64),
+    )
+
+
 @torch.library.register_fake("hyperinf::gram_accumulate_")  # type: ignore[untyped-decorator]
 def gram_accumulate_(
     C: Tensor, X: Tensor, Y: Tensor | None, alpha: float, runs: bool = False
