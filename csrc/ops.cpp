@@ -7,6 +7,13 @@
 STABLE_TORCH_LIBRARY(hyperinf, m) {
   // V (b, m, D) fp32, G (b, n, D) fp32 or bf16 with unit column stride, damping (b) fp32
   m.def("sherman_morrison(Tensor V, Tensor G, Tensor damping) -> Tensor");
+  // rows of one dtype, fp32 or bf16, each (n_i, D) with unit column stride, n rows in all; V (m, D)
+  // fp32, contiguous -> g_i . v_q (n, m) and ||g_i||^2 (n), both fp64
+  m.def("row_dots(Tensor[] rows, Tensor V) -> (Tensor, Tensor)");
+  // W = a V + B^T P of the same rows P (n, D) for B (n, m) fp32, contiguous -> W (m, D) fp32 and
+  // ||w_q||^2 (m) fp64; or instead of W its dot products with the rows, (n, m) fp64
+  m.def("span(Tensor V, Tensor[] rows, Tensor B, float a) -> (Tensor, Tensor)");
+  m.def("span_dots(Tensor V, Tensor[] rows, Tensor B, float a) -> (Tensor, Tensor)");
   // C (b, n1, n2) += alpha X Y^T, X (b, n1, D), Y (b, n2, D) fp32 or bf16; no Y means X. C is fp32,
   // or fp64: then sums are fp64 and rows may be too, unless `runs`: then products of at most
   // kGramRun terms are summed in fp32, and these sums in fp64
@@ -70,4 +77,11 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT,
 
 }  // namespace
 
-PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }
+PyMODINIT_FUNC PyInit__C() {
+  PyObject* made = PyModule_Create(&module);
+  if (made != nullptr &&
+      (PyModule_AddIntConstant(made, "dot_depth", hyperinf::kDotDepth) != 0 ||
+       PyModule_AddIntConstant(made, "sum_depth", hyperinf::kSumDepth) != 0))
+    Py_CLEAR(made);
+  return made;
+}

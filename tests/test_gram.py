@@ -470,7 +470,7 @@ def test_the_plan_names_the_form_that_runs(method: str, monkeypatch: pytest.Monk
     noted(FlatSolver, "gram", "gram")
     noted(FlatSolver, "moment", "primal")
     noted(GradientRows, "image", "rows")
-    noted(datainf, "sherman_morrison", "rows")
+    noted(datainf, "row_dots", "rows")
     for n in (8, 60):
         for name, shape in BLOCKS.items():
             ran.clear()

@@ -23,6 +23,42 @@ struct SlabArgs {
 };
 constexpr int64_t kMaxQueries = 16;
 
+// Dot products of a few rows with all queries, and the rows' squared norms, added to fp64 sums.
+struct DotArgs {
+  const void* rows;  // (count, columns), unit column stride
+  RowType type;
+  int64_t row_stride;
+  int64_t count;  // at most kDotRows
+  int64_t columns;
+  int64_t ahead;  // columns that follow in memory and are wanted soon, these included
+  const float* queries;  // (n_queries, columns) in blocks of kQueryBlock columns, one after another
+  int64_t n_queries;
+  double* dots;   // (count, n_queries), contiguous
+  double* norms;  // (count), or null: not wanted
+};
+constexpr int64_t kQueryBlock = 256;
+constexpr int64_t kDotRows = 12;
+constexpr int kDotDepth = 26;  // roundings of fp32 between a product and the fp64 sum it is in
+
+// Rows summed with weights over a slice of their columns, added to fp64 sums.
+struct SumArgs {
+  const void* rows;  // (count, columns), unit column stride
+  RowType type;
+  int64_t row_stride;
+  int64_t count;
+  int64_t columns;       // at most kSliceColumns
+  const float* weights;  // (count, n_queries), contiguous
+  int64_t n_queries;
+  float* panel;    // scratch of kPanelFloats
+  float* partial;  // scratch of as many floats as `total` has numbers
+  double* total;   // (n_queries, kSliceColumns)
+};
+constexpr int64_t kSliceColumns = 1024;
+constexpr int64_t kPanelRows = 32;
+constexpr int kPanels = 8;
+constexpr int kSumDepth = static_cast<int>(kPanelRows) + kPanels - 1;
+constexpr int64_t kPanelFloats = (kPanelRows + 1) * kSliceColumns;
+
 // One tile of X Y^T over one chunk of the depth, both operands with any strides.
 struct GramArgs {
   RowType type;
@@ -118,6 +154,8 @@ constexpr int64_t kMaxSide = 128;
 struct Kernels {
   int64_t lanes;
   void (*sherman_morrison_slab)(const SlabArgs&);
+  void (*dot_block)(const DotArgs&);
+  void (*sum_slice)(const SumArgs&);
   void (*gram_tile)(const GramArgs&);    // sums in float, rows fp32 or bf16
   void (*gram_tile64)(const GramArgs&);  // sums in double, rows fp32, bf16 or fp64
   void (*combine_rows)(const SketchArgs&);

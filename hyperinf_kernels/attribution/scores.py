@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..ops import gram_accumulate_, topk_empty, topk_merge_
+from ..ops import row_dots, topk_empty, topk_merge_
 from ..ops.checks import accumulation_dtype
 from ..report.document import method_entry, run_document
 from ..report.page import render_html
@@ -229,6 +229,6 @@ def block_scores(applied: Mapping[str, Tensor], grads: Mapping[str, Tensor]) -> 
     for name, W in applied.items():
         g = grads[name]
         dtype = accumulation_dtype(W, g)
-        S = torch.zeros(len(W), len(g), dtype=dtype, device=g.device)
-        scores[name] = gram_accumulate_(S, W.flatten(1), g.flatten(1)).neg_()
+        dots, _ = row_dots([g.flatten(1)], W.flatten(1))
+        scores[name] = dots.mT.to(dtype, memory_format=torch.contiguous_format).neg_()
     return scores

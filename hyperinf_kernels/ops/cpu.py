@@ -46,6 +46,34 @@ def sherman_morrison(V: Tensor, G: Tensor, lam: Tensor) -> Tensor:
     return out if V.ndim == 3 else out.view_as(V)
 
 
+def _refuse_rows(metas: tuple[TensorMeta, ...]) -> str | None:
+    if any(meta.shape[-1] > 1 and meta.stride[-1] != 1 for meta in metas[1:]):
+        return "rows must have unit stride"
+    return unfit(metas, ROWS)
+
+
+@implements("row_dots", "cpu", _refuse_rows)
+def row_dots(V: Tensor, *rows: Tensor) -> tuple[Tensor, Tensor]:
+    dots, norms = torch.ops.hyperinf.row_dots(list(rows), V.float().contiguous())
+    return dots, norms
+
+
+@implements("span", "cpu", _refuse_rows)
+def span(V: Tensor, *rows: Tensor, B: Tensor, a: float) -> tuple[Tensor, Tensor]:
+    W, norms = torch.ops.hyperinf.span(
+        V.float().contiguous(), list(rows), B.float().contiguous(), float(a)
+    )
+    return W, norms
+
+
+@implements("span_dots", "cpu", _refuse_rows)
+def span_dots(V: Tensor, *rows: Tensor, B: Tensor, a: float) -> tuple[Tensor, Tensor]:
+    dots, norms = torch.ops.hyperinf.span_dots(
+        V.float().contiguous(), list(rows), B.float().contiguous(), float(a)
+    )
+    return dots, norms
+
+
 def _refuse_factored(metas: tuple[TensorMeta, ...]) -> str | None:
     return unfit(metas[:3], ROWS)
 

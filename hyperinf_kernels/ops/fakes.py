@@ -23,7 +23,8 @@ def fake(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def checked(*args: Any, **kwargs: Any) -> Any:
-            devices = {str(arg.device) for arg in args if isinstance(arg, Tensor)}
+            each = [t for arg in args for t in (arg if isinstance(arg, list | tuple) else [arg])]
+            devices = {str(t.device) for t in each if isinstance(t, Tensor)}
             if len(devices) > 1:
                 raise RuntimeError(f"{op}: tensors on {' and '.join(sorted(devices))}; move them")
             return function(*args, **kwargs)
@@ -37,6 +38,28 @@ def fake(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 @fake("sherman_morrison")
 def sherman_morrison(V: Tensor, G: Tensor, damping: Tensor) -> Tensor:
     return V.new_empty(V.shape)
+
+
+@fake("row_dots")
+def row_dots(rows: list[Tensor], V: Tensor) -> tuple[Tensor, Tensor]:
+    n = sum(len(part) for part in rows)
+    return (
+        V.new_empty((n, len(V)), dtype=torch.float64),
+        V.new_empty(n, dtype=torch.float64),
+    )
+
+
+@fake("span")
+def span(V: Tensor, rows: list[Tensor], B: Tensor, a: float) -> tuple[Tensor, Tensor]:
+    return V.new_empty(V.shape), V.new_empty(V.shape[:1], dtype=torch.float64)
+
+
+@fake("span_dots")
+def span_dots(V: Tensor, rows: list[Tensor], B: Tensor, a: float) -> tuple[Tensor, Tensor]:
+    return (
+        V.new_empty(B.shape, dtype=torch.float64),
+        V.new_empty(V.shape[:1], dtype=torch.float64),
+    )
 
 
 @fake("gram_accumulate_")

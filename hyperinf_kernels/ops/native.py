@@ -38,6 +38,12 @@ def isas() -> tuple[str, ...]:
     return tuple(importlib.import_module("hyperinf_kernels._C").cpu_isas())
 
 
+def row_depths() -> tuple[int, int]:
+    """Roundings of fp32 between a term and its fp64 sum: in a dot product, in a sum of rows."""
+    compiled = importlib.import_module("hyperinf_kernels._C")
+    return compiled.dot_depth, compiled.sum_depth
+
+
 def cuda_archs() -> tuple[str, ...]:
     """What the CUDA kernels were built for, as "sm_80" or "compute_90"; empty without them."""
     if missing():

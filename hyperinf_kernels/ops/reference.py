@@ -23,6 +23,7 @@ Product = Callable[[Tensor, Tensor], Tensor]
 SLICE_NUMBERS = 1 << 24
 # products that are summed in fp32 before a fp64 sum takes over, where that is asked for
 RUN = 768
+WIDENED = 32  # rows taken to a wider dtype at a time: fresh memory costs more than the products
 
 
 def slices(count: int, numbers_each: int, most: int | None = None) -> Iterator[slice]:
@@ -192,6 +193,42 @@ def sherman_morrison_factored(V: Tensor, delta: Tensor, act: Tensor, lam: Tensor
         weights = (flat @ rows.mT) / (lam + rows.square().sum(-1)[..., None, :])
         total += weights @ rows
     return ((flat - total / count) / lam).view(V.shape)
+
+
+def _parts(rows: Sequence[Tensor], dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """A few rows at a time, widened where they must be, with their places among all rows."""
+    start = 0
+    for tensor in rows:
+        same = tensor.dtype == dtype
+        for part in tensor.split(max(1, len(tensor)) if same else WIDENED):
+            yield slice(start, start + len(part)), part.to(dtype)
+            start += len(part)
+
+
+@implements("row_dots")
+def row_dots(V: Tensor, *rows: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = accumulation_dtype(V, *rows)
+    dots, norms = [], []
+    for _, part in _parts(rows, dtype):
+        dots.append((part @ V.to(dtype).mT).double())
+        norms.append(torch.linalg.vector_norm(part, dim=1).double().square())
+    return torch.cat(dots), torch.cat(norms)
+
+
+@implements("span")
+def span(V: Tensor, *rows: Tensor, B: Tensor, a: float) -> tuple[Tensor, Tensor]:
+    dtype = accumulation_dtype(V, *rows)
+    total = torch.zeros_like(V, dtype=dtype)
+    for place, part in _parts(rows, dtype):
+        total.addmm_(B[place].to(dtype).mT, part)
+    W = total.add_(V.to(dtype), alpha=a)
+    return W, torch.linalg.vector_norm(W, dim=1, dtype=torch.float64).square()
+
+
+@implements("span_dots")
+def span_dots(V: Tensor, *rows: Tensor, B: Tensor, a: float) -> tuple[Tensor, Tensor]:
+    W, norms = span(V, *rows, B=B, a=a)
+    return row_dots(W, *rows)[0], norms
 
 
 @implements("spd_inverse")

@@ -123,6 +123,8 @@ def precision_of(dtype: torch.dtype) -> str:
 
 def angle(V: Tensor, W: Tensor) -> float | None:
     """Degrees between V and W seen as long vectors; None when either vanishes."""
+    if V is W:
+        return 0.0 if bool(V.any()) else None
     # an arc cosine in fp32 cannot tell 0.02 degrees from 0
     v, w = V.reshape(-1).double(), W.reshape(-1).double()
     lengths = float(v.norm()) * float(w.norm())

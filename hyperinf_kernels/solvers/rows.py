@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops import gram_accumulate_
+from ..ops import gram_accumulate_, row_dots
 from ..ops.checks import accumulation_dtype
 from .scratch import Scratch
 
@@ -16,8 +16,7 @@ CHUNK_ROWS = 512
 SLICE = 256  # columns of P at a time, so that a slice in fp64 stays in cache
 PAGE_SLICE = 1024  # of mapped rows: whole pages, so that none is read twice
 DEEP_SLICE = 2048  # columns at a time where P is used as it is
-RUN = 512  # numbers whose squares fp32 adds without noticeable loss
-SAFE = 1e15  # norms of runs between its inverse and it have squares inside fp32
+LEAST_SQUARE = 1e-25  # squared norms from which what fp32 loses of tiny numbers is nothing
 
 
 class Mark(NamedTuple):
@@ -95,6 +94,11 @@ class GradientRows:
         """`chunks` at the scale of the gradients themselves."""
         for part, chunk in self.chunks():
             yield part, chunk * 2.0**-self.exponent if self.exponent else chunk
+
+    def parts(self) -> list[Tensor]:
+        """P in parts (n_i, D), one after the other."""
+        self._join()
+        return list(self._chunks)
 
     def gram_panels(self, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
         """K = P P^T by chunks: their rows, from the first column to the last of their own.
@@ -205,17 +209,13 @@ class GradientRows:
 
 
 def squares(rows: Tensor) -> Tensor:
-    """||row||^2 (B,) of rows (B, D) in fp64 to about 1e-7, whatever the scale; NaN and inf stay."""
-    whole = rows.shape[1] - rows.shape[1] % RUN
-    if len(rows) and rows.dtype == torch.float32 and whole and rows.is_contiguous():
-        # norms of short runs in fp32, added in fp64: one reading at the speed of the memory
-        runs = rows[:, :whole].unflatten(1, (-1, RUN))
-        norms = torch.linalg.vector_norm(runs, dim=2)
-        zero = norms == 0
-        low, high = float(torch.where(zero, 1.0, norms).min()), float(norms.max())
-        # a run of tiny numbers can have the norm 0 in fp32
-        if low > 1 / SAFE and high < SAFE and not bool(runs[zero].any()):
-            rest = rows[:, whole:].double().square().sum(1)
-            return norms.double().square().sum(1) + rest
-    parts = [part.double().square().sum(1) for part in rows.split(32)]
-    return torch.cat(parts) if parts else rows.new_zeros(0, dtype=torch.float64)
+    """||row||^2 (B,) of rows (B, D) in fp64 to about 1e-6, whatever the scale; NaN and inf stay."""
+    if not len(rows):
+        return rows.new_zeros(0, dtype=torch.float64)
+    found = row_dots([rows.detach()], rows.new_empty(0, rows.shape[1]))[1]
+    if rows.dtype != torch.float64:
+        # squares of fp32 that may have left its range
+        lost = torch.nonzero((found < LEAST_SQUARE) | ~torch.isfinite(found)).flatten()
+        for part in lost.split(32):
+            found[part] = rows[part].double().square().sum(1)
+    return found

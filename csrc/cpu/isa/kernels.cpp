@@ -2,6 +2,7 @@
 #include "cpu/kernels.h"
 
 #include "hyperinf/gram.h"
+#include "hyperinf/row_products.h"
 #include "hyperinf/schulz.h"
 #include "hyperinf/sherman_morrison.h"
 #include "hyperinf/sketch.h"
@@ -13,6 +14,20 @@ namespace hyperinf::HYPERINF_ISA {
 extern const Kernels kTable;
 
 static void slab(const SlabArgs& a) { sherman_morrison_slab(a); }
+
+static void dots(const DotArgs& a) {
+  if (a.type == RowType::kBf16)
+    dot_block<Bf16>(a);
+  else
+    dot_block<float>(a);
+}
+
+static void sums(const SumArgs& a) {
+  if (a.type == RowType::kBf16)
+    sum_slice<Bf16>(a);
+  else
+    sum_slice<float>(a);
+}
 
 static void gram(const GramArgs& a) {
   if (a.type == RowType::kFloat) return gram_tile<float, float>(a);
@@ -53,7 +68,7 @@ static void thin(const ThinArgs& a) {
     thin_product<float>(a);
 }
 
-const Kernels kTable = {kLanes, slab, gram,      gram64, combine,
-                        image,  thin, block_dot, schulz, spd_inverse_lanes};
+const Kernels kTable = {kLanes, slab,  dots, sums,      gram,   gram64,           combine,
+                        image,  thin,  block_dot, schulz, spd_inverse_lanes};
 
 }  // namespace hyperinf::HYPERINF_ISA

@@ -85,6 +85,14 @@ static inline Simd<double>::Vec load(const double* p) {
   return v;
 }
 
+// A vector that several operations use is loaded once, not by each of them from memory.
+static inline Vec in_register(Vec v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#endif
+  return v;
+}
+
 static inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 static inline void store(double* p, Simd<double>::Vec v) { std::memcpy(p, &v, sizeof v); }
 

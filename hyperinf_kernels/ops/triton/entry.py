@@ -146,6 +146,37 @@ def gram_accumulate_(K: Tensor, G1: Tensor, G2: Tensor, *, fine: bool = True) ->
     return _add_products(K, G1.mT, G2.mT, 1.0, symmetric=G1 is G2)
 
 
+def _refuse_rows(metas: tuple[TensorMeta, ...]) -> str | None:
+    if max(max(meta.shape) for meta in metas) > LARGEST_SIDE:
+        return f"takes up to {LARGEST_SIDE} rows and columns"
+    return unfit(metas, ROWS)
+
+
+@implements("row_dots", "triton", _refuse_rows)
+def row_dots(V: Tensor, *rows: Tensor) -> tuple[Tensor, Tensor]:
+    dots = V.new_zeros(sum(map(len, rows)), len(V), dtype=torch.float32)
+    for part, place in zip(rows, dots.split([len(part) for part in rows]), strict=True):
+        if place.numel():
+            gram_accumulate_(place, part, V)
+    norms = [torch.linalg.vector_norm(part, dim=1, dtype=torch.float32) for part in rows]
+    return dots.double(), torch.cat(norms).double().square()
+
+
+@implements("span", "triton", _refuse_rows)
+def span(V: Tensor, *rows: Tensor, B: Tensor, a: float) -> tuple[Tensor, Tensor]:
+    W = a * V.float()
+    for part, weights in zip(rows, B.float().split([len(part) for part in rows]), strict=True):
+        if W.numel() and len(part):
+            gram_accumulate_(W, weights.mT, part.mT)
+    return W, torch.linalg.vector_norm(W, dim=1).double().square()
+
+
+@implements("span_dots", "triton", _refuse_rows)
+def span_dots(V: Tensor, *rows: Tensor, B: Tensor, a: float) -> tuple[Tensor, Tensor]:
+    W, norms = span(V, *rows, B=B, a=a)
+    return row_dots(W, *rows)[0], norms
+
+
 @implements("gfim_accumulate_", "triton", _refuse_sums, config=_gfim_config)
 def gfim_accumulate_(
     C: Tensor,
