@@ -9,7 +9,7 @@ demo: .venv-demo/ready
 	rm -rf demo-output
 	.venv-demo/bin/hyperinf demo --output demo-output
 
-## All tests
+## All tests; HYPERINF_BROWSER=required makes a missing chromium an error instead of a skip
 test: .venv-test/ready
 	.venv-test/bin/python -m pytest
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["InputError"]
+__all__ = ["InputError", "printable"]
 
 
 class InputError(ValueError):
@@ -11,3 +11,8 @@ class InputError(ValueError):
     The message is one plain line that says what is wrong and where. The command line prints it
     and exits with code 2, without a traceback; anything else that is raised is a bug of ours.
     """
+
+
+def printable(text: str) -> str:
+    """Text with control characters and terminal escapes written out as backslash sequences."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

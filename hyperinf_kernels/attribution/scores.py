@@ -124,8 +124,9 @@ class InfluenceScores:
         }  # fmt: skip
         for name, block in (self.per_block or {}).items():
             columns[name] = block.flatten().numpy()
-        with atomic(Path(path)) as temporary:
-            pq.write_table(pa.table(columns), temporary, compression="zstd")
+        # opened here: arrow cannot open a name that the locale does not encode
+        with atomic(Path(path)) as temporary, open(temporary, "wb") as file:
+            pq.write_table(pa.table(columns), file, compression="zstd")
 
     def to_html(self, path: str | os.PathLike[str], **context: Any) -> None:
         """Write the self-contained HTML report; `context` adds keys of the report document."""

@@ -8,7 +8,7 @@ import os
 import sys
 from typing import NoReturn
 
-from ..errors import InputError
+from ..errors import InputError, printable
 
 NEEDED = ("typer", "rich", "pyarrow")
 
@@ -41,5 +41,5 @@ def main() -> None:
 
 def _fail(message: str) -> NoReturn:
     """Exit with code 2 and one line, whatever names and ids of the user's are in it."""
-    print("error:", *message.splitlines(), file=sys.stderr)
+    print("error:", *map(printable, message.splitlines()), file=sys.stderr)
     sys.exit(2)

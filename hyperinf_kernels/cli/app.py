@@ -10,6 +10,7 @@ from .bench import bench
 from .converge import converge
 from .experiments import demo, identify, mislabeled, select
 from .options import Json
+from .show import show
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -33,5 +34,6 @@ app.command()(identify)
 app.command()(mislabeled)
 app.command()(select)
 app.command()(converge)
+app.command()(show)
 app.command()(bench)
 app.command()(info)

@@ -6,34 +6,30 @@ from typing import Annotated
 from ..workloads.rows import Fields
 from .options import (
     Adapter,
-    AnswerField,
     Batch,
     Blocks,
     Damping,
     Device,
-    GroupField,
-    IdField,
     Json,
-    LabelField,
     Length,
     Limit,
     Method,
     Model,
     Output,
     PerBlock,
-    PromptField,
     Query,
     QueryLimit,
     Reduction,
     Seed,
-    TextField,
     TopK,
     Train,
     option,
+    reads_rows,
 )
 from .running import run
 
 
+@reads_rows
 def score(
     model: Model,
     train: Train,
@@ -55,15 +51,10 @@ def score(
     max_length: Length = None,
     limit: Limit = None,
     query_limit: QueryLimit = None,
-    prompt_field: PromptField = "prompt",
-    answer_field: AnswerField = "answer",
-    text_field: TextField = "text",
-    label_field: LabelField = "label",
-    group_field: GroupField = "variation",
-    id_field: IdField = "id",
     device: Device = "cpu",
     seed: Seed = 0,
     as_json: Json = False,
+    fields: Fields = Fields(),  # noqa: B008
 ) -> None:
     """Influence of every training row on every query, for your own model and data."""
     run("score", as_json, {
@@ -73,11 +64,11 @@ def score(
         "top_k": top_k, "per_block": per_block, "batch_size": batch_size,
         "max_length": max_length,
         "limit": limit, "query_limit": query_limit, "device": device, "seed": seed,
-        "fields": Fields(prompt_field, answer_field, text_field, label_field, group_field,
-                         id_field),
+        "fields": fields,
     })  # fmt: skip
 
 
+@reads_rows
 def fit(
     model: Model,
     train: Train,
@@ -93,14 +84,10 @@ def fit(
     batch_size: Batch = 16,
     max_length: Length = None,
     limit: Limit = None,
-    prompt_field: PromptField = "prompt",
-    answer_field: AnswerField = "answer",
-    text_field: TextField = "text",
-    label_field: LabelField = "label",
-    id_field: IdField = "id",
     device: Device = "cpu",
     seed: Seed = 0,
     as_json: Json = False,
+    fields: Fields = Fields(),  # noqa: B008
 ) -> None:
     """The curvature of a training set or a sample of it, kept for score --fitted."""
     run("fit", as_json, {
@@ -108,11 +95,11 @@ def fit(
         "dampings": (damping,), "tokens": (tokens,), "reduction": reduction, "blocks": blocks,
         "output": output, "batch_size": batch_size, "max_length": max_length, "limit": limit,
         "device": device, "seed": seed,
-        "fields": Fields(prompt=prompt_field, answer=answer_field, text=text_field,
-                         label=label_field, id=id_field),
+        "fields": fields,
     })  # fmt: skip
 
 
+@reads_rows
 def self_influence(
     model: Model,
     train: Train,
@@ -129,6 +116,7 @@ def self_influence(
     device: Device = "cpu",
     seed: Seed = 0,
     as_json: Json = False,
+    fields: Fields = Fields(),  # noqa: B008
 ) -> None:
     """Influence of every training row on itself: what the model had to memorise."""
     run("self_influence", as_json, {
@@ -136,9 +124,11 @@ def self_influence(
         "dampings": tuple(damping), "tokens": (tokens,), "reduction": reduction,
         "blocks": blocks, "output": output, "batch_size": batch_size,
         "max_length": max_length, "limit": limit, "device": device, "seed": seed,
+        "fields": fields,
     })  # fmt: skip
 
 
+@reads_rows
 def plan(
     model: Model,
     train: Train,
@@ -147,20 +137,17 @@ def plan(
     method: Method = ["hyperinf", "datainf", "exact", "grad_dot"],  # noqa: B006
     damping: Damping = ["0.1"],  # noqa: B006
     blocks: Blocks = "lora",
+    max_length: Length = None,
     limit: Limit = None,
     query_limit: QueryLimit = None,
-    prompt_field: PromptField = "prompt",
-    answer_field: AnswerField = "answer",
-    text_field: TextField = "text",
-    label_field: LabelField = "label",
     device: Device = "cpu",
     as_json: Json = False,
+    fields: Fields = Fields(),  # noqa: B008
 ) -> None:
     """What each method would do with every block, its predicted cost and memory; runs nothing."""
     run("plan", as_json, {
         "model": model, "train": train, "query": query, "adapter": adapter,
-        "methods": tuple(method), "dampings": tuple(damping), "blocks": blocks, "limit": limit,
-        "query_limit": query_limit, "device": device,
-        "fields": Fields(prompt=prompt_field, answer=answer_field, text=text_field,
-                         label=label_field),
+        "methods": tuple(method), "dampings": tuple(damping), "blocks": blocks,
+        "max_length": max_length, "limit": limit, "query_limit": query_limit, "device": device,
+        "fields": fields,
     })  # fmt: skip

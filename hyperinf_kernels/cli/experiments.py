@@ -7,7 +7,6 @@ from ..workloads.rows import Fields
 from .options import (
     Adapter,
     Alpha,
-    AnswerField,
     Batch,
     Bf16,
     Blocks,
@@ -15,16 +14,12 @@ from .options import (
     Device,
     Epochs,
     Flip,
-    GroupField,
-    IdField,
     Json,
-    LabelField,
     Length,
     Limit,
     Method,
     Model,
     Output,
-    PromptField,
     Query,
     QueryLimit,
     Rank,
@@ -33,10 +28,10 @@ from .options import (
     RsLora,
     Seed,
     Target,
-    TextField,
     Tokens,
     Train,
     option,
+    reads_rows,
 )
 from .running import run, tuning
 
@@ -65,6 +60,7 @@ def demo(
     run("demo", as_json, settings, rows=rows, queries=queries, corrupt=corrupt)
 
 
+@reads_rows
 def identify(
     model: Model,
     train: Train,
@@ -80,9 +76,6 @@ def identify(
     max_length: Length = None,
     limit: Limit = None,
     query_limit: QueryLimit = None,
-    prompt_field: PromptField = "prompt",
-    answer_field: AnswerField = "answer",
-    group_field: GroupField = "variation",
     epochs: Epochs = 0,
     rank: Rank = 8,
     alpha: Alpha = 32,
@@ -93,6 +86,7 @@ def identify(
     device: Device = "cpu",
     seed: Seed = 0,
     as_json: Json = False,
+    fields: Fields = Fields(),  # noqa: B008
 ) -> None:
     """Does influence find the training rows of each query's class? AUC and recall."""
     run("identify", as_json, {
@@ -101,11 +95,12 @@ def identify(
         "reduction": reduction, "blocks": blocks, "output": output, "batch_size": batch_size,
         "max_length": max_length, "limit": limit, "query_limit": query_limit,
         "device": device, "seed": seed,
-        "fields": Fields(prompt=prompt_field, answer=answer_field, group=group_field),
+        "fields": fields,
         "tuning": tuning(epochs, rank, alpha, target, rslora, rate, bf16, batch_size),
     })  # fmt: skip
 
 
+@reads_rows
 def mislabeled(
     model: Model,
     train: Train,
@@ -120,8 +115,6 @@ def mislabeled(
     max_length: Length = None,
     limit: Limit = None,
     query_limit: QueryLimit = None,
-    text_field: TextField = "text",
-    label_field: LabelField = "label",
     epochs: Epochs = 0,
     rank: Rank = 16,
     alpha: Alpha = 32,
@@ -132,6 +125,7 @@ def mislabeled(
     device: Device = "cpu",
     seed: Seed = 0,
     as_json: Json = False,
+    fields: Fields = Fields(),  # noqa: B008
 ) -> None:
     """Rank training rows by the harm they do: wrong labels come first."""
     run("mislabeled", as_json, {
@@ -139,11 +133,12 @@ def mislabeled(
         "methods": tuple(method), "dampings": tuple(damping), "flip": flip, "blocks": blocks,
         "output": output, "batch_size": batch_size, "max_length": max_length, "limit": limit,
         "query_limit": query_limit, "device": device, "seed": seed,
-        "fields": Fields(text=text_field, label=label_field),
+        "fields": fields,
         "tuning": tuning(epochs, rank, alpha, target, rslora, rate, bf16, batch_size),
     })  # fmt: skip
 
 
+@reads_rows
 def select(
     model: Model,
     train: Train,
@@ -160,15 +155,10 @@ def select(
     max_length: Length = None,
     limit: Limit = None,
     query_limit: QueryLimit = None,
-    prompt_field: PromptField = "prompt",
-    answer_field: AnswerField = "answer",
-    text_field: TextField = "text",
-    label_field: LabelField = "label",
-    group_field: GroupField = "variation",
-    id_field: IdField = "id",
     device: Device = "cpu",
     seed: Seed = 0,
     as_json: Json = False,
+    fields: Fields = Fields(),  # noqa: B008
 ) -> None:
     """Keep the training rows that help the queries most, as selected.jsonl."""
     run("select", as_json, {
@@ -177,6 +167,5 @@ def select(
         "reduction": reduction, "blocks": blocks, "output": output, "batch_size": batch_size,
         "max_length": max_length, "limit": limit, "query_limit": query_limit,
         "device": device, "seed": seed,
-        "fields": Fields(prompt_field, answer_field, text_field, label_field, group_field,
-                         id_field),
+        "fields": fields,
     }, share=share)  # fmt: skip

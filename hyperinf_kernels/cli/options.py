@@ -1,9 +1,14 @@
 """The options that commands share, with their help."""
 
+import functools
+import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from ..workloads.rows import Fields
 
 
 def option(text: str, *names: str, **more: Any) -> Any:
@@ -12,8 +17,8 @@ def option(text: str, *names: str, **more: Any) -> Any:
 
 Model = Annotated[str, option("Model folder, or smollm2 or minilm.", "--model")]
 Adapter = Annotated[str | None, option("Folder of a peft adapter.", "--adapter")]
-Train = Annotated[str, option("Training rows, JSON Lines.", "--train")]
-Query = Annotated[str, option("Query rows, JSON Lines.", "--query")]
+Train = Annotated[str, option("Training rows, JSON Lines; - for standard input.", "--train")]
+Query = Annotated[str, option("Query rows, JSON Lines; - for standard input.", "--query")]
 Method = Annotated[list[str], option(
     "hyperinf, datainf, lissa, cg, exact or grad_dot, with options as hyperinf:mode=paper. "
     "Repeat for several.", "--method", "-m")]  # fmt: skip
@@ -36,12 +41,6 @@ TopK = Annotated[int | None, option(
 Device = Annotated[str, option("cpu, cuda or cuda:1.", "--device")]
 Seed = Annotated[int, option("Seed of everything random.", "--seed")]
 Json = Annotated[bool, option("Print the result as one JSON document.", "--json")]
-PromptField = Annotated[str, option("Field of the prompt.", "--prompt-field")]
-AnswerField = Annotated[str, option("Field of the answer.", "--answer-field")]
-TextField = Annotated[str, option("Field of the text.", "--text-field")]
-LabelField = Annotated[str, option("Field of the label.", "--label-field")]
-GroupField = Annotated[str, option("Field of the class.", "--group-field")]
-IdField = Annotated[str, option("Field of the row's name.", "--id-field")]
 Epochs = Annotated[float, option(
     "Fine-tune a LoRA adapter for so many epochs first (when no --adapter is given).",
     "--epochs")]  # fmt: skip
@@ -56,3 +55,35 @@ Bf16 = Annotated[
 ]
 Flip = Annotated[float, option("Share of training labels to flip first.", "--flip")]
 PerBlock = Annotated[bool, option("Write the split of every score over blocks.", "--per-block")]
+
+# name of the option and of the field of `Fields`, its help; a command takes them all as `fields`
+FIELDS = {
+    "prompt": "Field of the prompt.",
+    "answer": "Field of the answer.",
+    "text": "Field of the text.",
+    "label": "Field of the label.",
+    "group": "Field of the class.",
+    "id": "Field of the row's name.",
+    "corrupted": "Field that tells a wrong answer or label.",
+}
+
+
+def reads_rows(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options for the names of fields; it gets them as `fields`."""
+    own = [p for p in inspect.signature(command).parameters.values() if p.name != "fields"]
+    named = [
+        inspect.Parameter(
+            f"{name}_field", inspect.Parameter.KEYWORD_ONLY, default=getattr(Fields, name),
+            annotation=Annotated[str, option(text, f"--{name}-field")],
+        )
+        for name, text in FIELDS.items()
+    ]  # fmt: skip
+
+    @functools.wraps(command)
+    def wrapper(**given: Any) -> None:
+        fields = Fields(**{name: given.pop(f"{name}_field") for name in FIELDS})
+        command(**given, fields=fields)
+
+    wrapper.__signature__ = inspect.Signature([*own, *named])  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {p.name: p.annotation for p in (*own, *named)}
+    return wrapper

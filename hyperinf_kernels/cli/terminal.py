@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ..errors import printable
+
 NAMES = {
     "train": "training gradients",
     "query": "query gradients",
@@ -25,7 +27,11 @@ NAMES = {
 
 
 def quiet_libraries() -> None:
-    """Keep the libraries' own bars, advice and deprecation notes out of the way."""
+    """Keep the libraries' own bars, advice and deprecation notes out of the way.
+
+    Warnings that remain take one line each.
+    """
+    warnings.formatwarning = _one_line
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -36,6 +42,14 @@ def quiet_libraries() -> None:
         return  # the job itself says which extra is missing
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
+
+
+def _one_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int,
+    line: str | None = None,
+) -> str:  # fmt: skip
+    """A warning without the place in our code that gave it."""
+    return f"warning: {printable(' '.join(str(message).split()))}\n"
 
 
 class Bars:

@@ -19,8 +19,9 @@ from ..gradients import CausalLM, Loss, SequenceClassification
 from ..runs.methods import Method, parse_damping, parse_method
 from ..runs.scoring import Data, size_of
 from ..workloads import models
+from ..workloads.encoding import Encoder, warn_of_difference
 from ..workloads.finetune import LoraTraining, accuracy, fine_tune
-from ..workloads.rows import Fields, Row, read_rows
+from ..workloads.rows import Fields, Row, read_rows, same_source
 from ..workloads.text import Batches, check_labels, encode
 from .output import check_output
 
@@ -101,7 +102,10 @@ def check(s: Settings) -> None:
 def read(s: Settings) -> tuple[list[Row], list[Row], list[int | str]]:
     """All rows, or as many as the limits say, drawn by the seed; and the labels of all."""
     check(s)
-    train, query = (read_rows(path, fields=s.fields) for path in (s.train, s.query))
+    train = read_rows(s.train, fields=s.fields)
+    # a pipe gives its rows once
+    same = same_source(s.train, s.query)
+    query = list(train) if same else read_rows(s.query, fields=s.fields)
     if train[0].kind != query[0].kind:
         raise InputError(
             f"{s.train} holds {train[0].kind} rows, {s.query} holds {query[0].kind} rows"
@@ -164,7 +168,13 @@ def prepare(
                vocabulary=models.vocabulary_size(loaded.model))
         for rows in (train, query)
     ]  # fmt: skip
-    pad = loaded.tokenizer.pad_token_id
+    tokenizer, first = loaded.tokenizer, train[: s.batch_size]
+    warn_of_difference(
+        Encoder(tokenizer, tokenizer.eos_token_id),
+        [(row.id, row.prompt, row.answer) for row in first],
+        [row.input_ids for row in encoded[0][: len(first)]],
+    )
+    pad = tokenizer.pad_token_id
     batches, query_batches = (Batches(e, pad, s.batch_size) for e in encoded)
     model, skill = loaded.model, None
     if s.tuning is not None and s.adapter is None:

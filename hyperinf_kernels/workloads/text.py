@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..gradients.losses import IGNORED
+from .encoding import Encoder, warn_of_merged
 from .rows import Row
 
 
@@ -34,6 +35,9 @@ def encode(
 ) -> list[Encoded]:
     """Tokens of every row: prompt, a blank, answer, end of text; or the text alone.
 
+    Prompt and answer are tokenised as one text. A token with letters of both carries loss with the
+    answer, and one warning says so.
+
     Args:
         classes: the labels of classification rows, in order.
         limit: positions the model has; a longer row is an error.
@@ -42,21 +46,27 @@ def encode(
 
     Raises:
         InputError: a row that is too long, loses all of its answer to the cut, has a label that is
-            not among the classes, has a token that the model does not know, or none at all.
+            not among the classes, has a token that the model does not know, or none at all; an
+            answer that cannot be told from the prompt.
     """
     check_labels(rows, classes)
     class_of = {label: i for i, label in enumerate(classes)}
-    encoded = []
+    encoder = Encoder(tokenizer, tokenizer.eos_token_id)
+    encoded, merged = [], {}
     for row in rows:
         if row.answer is None:
             assert row.label is not None
-            ids = tokenizer(row.prompt)["input_ids"]
+            ids = encoder.text(row.prompt).ids
             labels: list[int] | int = class_of[row.label]
         else:
-            prompt = tokenizer(row.prompt)["input_ids"]
-            answer = tokenizer(" " + row.answer, add_special_tokens=False)["input_ids"]
-            answer = [*answer, tokenizer.eos_token_id]
-            ids, labels = [*prompt, *answer], [IGNORED] * len(prompt) + answer
+            try:
+                tokens = encoder.pair(row.prompt, row.answer)
+            except InputError as error:
+                raise InputError(f"row {row.id}: {error}") from None
+            ids, start = tokens.ids, tokens.answer
+            labels = [IGNORED] * start + ids[start:]
+            if tokens.merged:
+                merged[row.id] = ids[start]
         if max_length is not None:
             ids = ids[:max_length]
             if isinstance(labels, list):
@@ -79,6 +89,9 @@ def encode(
                 "folder holds the tokenizer of another model"
             )
         encoded.append(Encoded(row.id, ids, labels))
+    if merged:
+        first = next(iter(merged.values()))
+        warn_of_merged(list(merged), str(tokenizer.convert_ids_to_tokens(first)))
     return encoded
 
 
