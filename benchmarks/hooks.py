@@ -34,11 +34,12 @@ def hooks(quick: bool) -> Iterator[Measurement]:
     The plain pass is what training does: labels given to the model, the mean loss, gradients of the
     LoRA weights alone. Ours computes every sample's gradients and scores them in the same pass.
     """
-    model, tokenizer = setting.lora_model()
+    loaded = setting.lora_model()
+    model = loaded.model
     source, train_rows, query_rows = setting.sentence_rows(
         64 if quick else 900, 10 if quick else 100
     )
-    train, query = (setting.batches(rows, tokenizer, 16) for rows in (train_rows, query_rows))
+    train, query = (setting.batches(rows, loaded, 16) for rows in (train_rows, query_rows))
     for name_, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name_)
 

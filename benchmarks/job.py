@@ -22,9 +22,10 @@ Grads = dict[str, Tensor]
 @benchmark("job")
 def job(quick: bool) -> Iterator[Measurement]:
     """Gradients, curvature, scoring and total, ours against the published procedure."""
-    model, tokenizer = setting.lora_model()
+    loaded = setting.lora_model()
+    model = loaded.model
     name, train_rows, query_rows = setting.sentence_rows(40 if quick else 300, 4 if quick else 20)
-    train, query = (setting.batches(rows, tokenizer, 16) for rows in (train_rows, query_rows))
+    train, query = (setting.batches(rows, loaded, 16) for rows in (train_rows, query_rows))
     loss = hk.CausalLM("answer")
     case = f"{name}, {len(train_rows)} x {len(query_rows)}"
 

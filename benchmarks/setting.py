@@ -12,15 +12,18 @@ from torch import nn
 
 from hyperinf_kernels.experiments import sentences
 from hyperinf_kernels.workloads import models
-from hyperinf_kernels.workloads.rows import Row, read_rows
-from hyperinf_kernels.workloads.text import Batches, encode, pad
+from hyperinf_kernels.workloads.batches import Batches
+from hyperinf_kernels.workloads.prompted import Prompted
+from hyperinf_kernels.workloads.protocol import Loaded
+from hyperinf_kernels.workloads.reading import read_rows
+from hyperinf_kernels.workloads.rows import Row
 
 
-def lora_model() -> tuple[nn.Module, Any]:
+def lora_model() -> Loaded:
     """SmolLM2-135M with LoRA r=8 on query and value, B away from zero as after training."""
     import peft
 
-    model, tokenizer = models.load("smollm2", kind="generation")
+    model, tokenizer = models.load("smollm2", Prompted())
     targets = models.query_value_modules(model)
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=32, target_modules=targets)
     tuned = peft.get_peft_model(model, config)
@@ -28,7 +31,7 @@ def lora_model() -> tuple[nn.Module, Any]:
     for name, parameter in tuned.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.02)
-    return tuned, tokenizer
+    return Loaded(tuned, tokenizer)
 
 
 def sentence_rows(train: int, query: int) -> tuple[str, list[Row], list[Row]]:
@@ -36,7 +39,7 @@ def sentence_rows(train: int, query: int) -> tuple[str, list[Row], list[Row]]:
     data = Path(os.environ.get("HYPERINF_DATA", "data"))
     files = [data / f"sentence_transformations.{part}.jsonl" for part in ("train", "test")]
     if all(file.exists() for file in files):
-        rows, queries = map(read_rows, files)
+        rows, queries = (read_rows(file).rows for file in files)
         # every k-th row keeps the classes balanced
         return (
             "sentence_transformations",
@@ -46,17 +49,19 @@ def sentence_rows(train: int, query: int) -> tuple[str, list[Row], list[Row]]:
     return "generated sentences", *sentences.generate(train, query, seed=0)
 
 
-def batches(rows: list[Row], tokenizer: Any, size: int) -> Batches:
+def batches(rows: list[Row], loaded: Loaded, size: int) -> Batches:
     """Padded batches of rows of similar length."""
-    return Batches(encode(rows, tokenizer), tokenizer.pad_token_id, size)
+    kind, pad_token = Prompted(), loaded.tokenizer.pad_token_id
+    examples = kind.encode(rows, loaded.tokenizer, model=loaded.model)
+    return Batches(examples, lambda chosen: kind.collate(chosen, pad_token), size)
 
 
 def singles(data: Batches) -> Iterator[dict[str, Any]]:
     """The same rows one at a time, without padding, in the order of the data set."""
     for row in data.dataset:
-        yield pad([row], data.pad_token)
+        yield data.collate([row])
 
 
 def tokens(data: Batches) -> int:
     """Tokens without padding."""
-    return sum(len(row.input_ids) for row in data.dataset)
+    return sum(len(row.columns["input_ids"]) for row in data.dataset)

@@ -24,8 +24,17 @@ SPECIAL = ("<pad>", "<unk>", "<end>", "[CLS]", "[SEP]")
 POSITIONS = 32
 
 
+# every turn on a line of its own, tools in front, calls after what is said
+CHAT = (
+    "{% if tools %}the {{ tools[0].function.name }} <end> {% endif %}"
+    "{% for m in messages %}{{ m.role }} : {{ m.content }}"
+    "{% for c in m.tool_calls or [] %} take {{ c.function.arguments.of }}{% endfor %} <end> "
+    "{% endfor %}{% if add_generation_prompt %}assistant : {% endif %}"
+)
+
+
 def save_tokenizer(folder: Path, *, marks: bool = False, end: bool = True) -> None:
-    """One token a word; with BERT's marks around a text, or with a token that ends it."""
+    """One token a word; with BERT's marks around a text, or a token that ends it and a template."""
     vocabulary = {word: i for i, word in enumerate((*SPECIAL, *WORDS))}
     inner = tokenizers.Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = Whitespace()
@@ -37,7 +46,7 @@ def save_tokenizer(folder: Path, *, marks: bool = False, end: bool = True) -> No
         )
         names |= {"cls_token": "[CLS]", "sep_token": "[SEP]"}
     elif end:
-        names["eos_token"] = "<end>"
+        names |= {"eos_token": "<end>", "chat_template": CHAT}
     transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **names).save_pretrained(folder)
 
 
@@ -70,11 +79,26 @@ def save_bert(folder: Path, *, labels: int = 2) -> Path:
     return folder
 
 
+def save_t5(folder: Path) -> Path:
+    """A model with encoder and decoder."""
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=len(SPECIAL) + len(WORDS), d_model=16, d_kv=8, d_ff=32, num_layers=2,
+        num_heads=2, pad_token_id=0, eos_token_id=2, decoder_start_token_id=0, dropout_rate=0.1,
+    )  # fmt: skip
+    transformers.T5ForConditionalGeneration(config).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
 def save_adapter(folder: Path, model: Path, *, trained: bool = True) -> Path:
     """A LoRA adapter of rank 2 for a saved model, its B away from zero when `trained`."""
     if "Bert" in (model / "config.json").read_text(encoding="utf-8"):
         base: Any = transformers.AutoModelForSequenceClassification.from_pretrained(model)
         config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"])
+    elif "T5" in (model / "config.json").read_text(encoding="utf-8"):
+        base = transformers.AutoModelForSeq2SeqLM.from_pretrained(model)
+        config = peft.LoraConfig(task_type="SEQ_2_SEQ_LM", r=2, target_modules=["q", "v"])
     else:
         base = transformers.AutoModelForCausalLM.from_pretrained(model)
         config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"])

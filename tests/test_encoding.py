@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,9 +20,10 @@ from tokenizers import (
 )
 
 from hyperinf_kernels.errors import InputError
+from hyperinf_kernels.workloads.classification import Classification
 from hyperinf_kernels.workloads.encoding import Encoder, warn_of_difference
+from hyperinf_kernels.workloads.prompted import Prompted
 from hyperinf_kernels.workloads.rows import Row
-from hyperinf_kernels.workloads.text import encode
 
 CORPUS = [
     "The capital of France is Paris. " * 3,
@@ -41,6 +43,15 @@ PAIRS = [
     ("two", "two"),
     ("e", "\u0301x"),
 ]
+
+
+def asked(name: str, prompt: str, answer: str) -> Row:
+    return Row(name, {"prompt": prompt, "answer": answer})
+
+
+def encode(rows: list[Row], tokenizer: Any, kind: Any = Prompted()) -> list[Any]:  # noqa: B008
+    """The columns of every row as attributes."""
+    return [SimpleNamespace(**e.columns) for e in kind.encode(rows, tokenizer)]
 
 
 def inner(family: str) -> Tokenizer:
@@ -118,7 +129,7 @@ def test_the_tokens_are_those_of_the_joined_text(
     for prompt, answer in PAIRS:
         for given in (prompt, BEGIN + prompt):
             text = f"{given} {answer}"
-            (row,) = encode([Row("0", given, answer=answer)], tokenizer)
+            (row,) = encode([asked("0", given, answer)], tokenizer)
             wanted = letters(tokenizer, text)
             if begin and given == prompt:
                 wanted = [1, *wanted]
@@ -155,7 +166,7 @@ def test_the_answer_starts_with_the_first_token_that_has_a_letter_of_it(
 
 def test_a_merge_across_the_boundary_is_counted_with_the_answer_and_said() -> None:
     tokenizer = build("legacy", True, False)
-    rows = [Row(str(i), "The capital of France is", answer="Paris.") for i in range(3)]
+    rows = [asked(str(i), "The capital of France is", "Paris.") for i in range(3)]
     with pytest.warns(UserWarning, match="across the boundary") as said:
         row = encode(rows, tokenizer)[0]
     (line,) = [str(warning.message) for warning in said]
@@ -194,7 +205,7 @@ def test_a_token_that_strips_the_blank_after_it_stays_in_the_prompt() -> None:
     tokenizer.add_tokens([transformers.AddedToken(TURN, rstrip=True, normalized=False)])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        (row,) = encode([Row("0", f"The sky{TURN}", answer="is blue")], tokenizer)
+        (row,) = encode([asked("0", f"The sky{TURN}", "is blue")], tokenizer)
     start = row.input_ids.index(tokenizer.convert_tokens_to_ids(TURN)) + 1
     assert isinstance(row.labels, list)
     assert row.labels == [-100] * start + row.input_ids[start:]
@@ -209,7 +220,7 @@ def test_a_text_with_a_label_gets_each_special_token_once(
     tokenizer = build(family, begin, end)
     texts = ("The sky is", f"{BEGIN}The sky is", f"The sky is{END}", f"{BEGIN}The sky{END}")
     for text in texts:
-        (row,) = encode([Row("0", text, label=0)], tokenizer, classes=[0])
+        (row,) = encode([Row("0", {"text": text, "label": 0})], tokenizer, Classification((0,)))
         assert row.input_ids.count(1) == (begin or BEGIN in text)
         assert row.input_ids.count(2) == (end or END in text)
         plain = letters(tokenizer, text)
@@ -221,7 +232,7 @@ def test_a_text_with_a_label_gets_each_special_token_once(
 def test_an_answer_that_ends_with_the_end_token_gets_no_second() -> None:
     for begin, end in itertools.product((False, True), repeat=2):
         tokenizer = build("bytes", begin, end)
-        (row,) = encode([Row("0", "The sky is", answer=f"blue{END}")], tokenizer)
+        (row,) = encode([asked("0", "The sky is", f"blue{END}")], tokenizer)
         assert row.input_ids.count(2) == 1
         assert row.input_ids[-1] == 2
 
@@ -229,7 +240,7 @@ def test_an_answer_that_ends_with_the_end_token_gets_no_second() -> None:
 def test_without_offsets_the_tokens_are_right_or_the_row_is_refused_by_name() -> None:
     slow = transformers.ByT5Tokenizer()
     assert not slow.is_fast
-    (row,) = encode([Row("0", "Zoë is", answer="blue")], slow)
+    (row,) = encode([asked("0", "Zoë is", "blue")], slow)
     assert row.input_ids == slow("Zoë is blue")["input_ids"]
     assert row.input_ids.count(slow.eos_token_id) == 1
     assert isinstance(row.labels, list)
@@ -242,13 +253,13 @@ def test_without_offsets_the_tokens_are_right_or_the_row_is_refused_by_name() ->
             return [chr(len(text))]
 
     with pytest.raises(InputError, match="row 7: the tokenizer Merging tells no character offsets"):
-        encode([Row("7", "The sky is", answer="blue")], Merging())
+        encode([asked("7", "The sky is", "blue")], Merging())
 
 
 def test_an_answer_without_tokens_is_refused() -> None:
     # BERT's normaliser drops control characters
     with pytest.raises(InputError, match="row 3: its answer has no token"):
-        encode([Row("3", "sky", answer="\x07")], build("wordpiece", True, True))
+        encode([asked("3", "sky", "\x07")], build("wordpiece", True, True))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

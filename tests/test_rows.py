@@ -12,10 +12,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hyperinf_kernels.errors import InputError
-from hyperinf_kernels.workloads.rows import Fields, Row, flip_labels, read_rows, write_rows
+from hyperinf_kernels.experiments.mislabeled import flip_labels
+from hyperinf_kernels.workloads.reading import parse_kind, write_rows
+from hyperinf_kernels.workloads.reading import read_rows as read_set
+from hyperinf_kernels.workloads.rows import Fields, Row
 
 ASK = '{"prompt": "p1", "answer": "a1"}'
 TEXT = '{"text": "t1", "label": 1}'
+
+
+def asked(
+    name: str, prompt: str, answer: str | None = None, label: int | str | None = None,
+    group: str | None = None, corrupted: bool | None = None,
+) -> Row:  # fmt: skip
+    """A row with an answer, or with a label only."""
+    content = {"prompt": prompt, "answer": answer, "label": label}
+    if answer is None and label is not None:
+        content = {"text": prompt, "label": label}
+    kept = {field: value for field, value in content.items() if value is not None}
+    return Row(name, kept, group, corrupted)
+
+
+def read_rows(
+    path: str | Path, *, fields: Fields | None = None, kind: str | None = None
+) -> list[Row]:
+    return read_set(path, fields=fields, kind=None if kind is None else parse_kind(kind)).rows
 
 
 def save(folder: Path, *lines: str) -> Path:
@@ -32,28 +53,28 @@ def test_generation_rows(tmp_path: Path) -> None:
         '{"prompt": "p3", "answer": 2.5, "variation": null, "corrupted": null}',
     )
     assert read_rows(path) == [
-        Row("0", "p1", "a1", None, "g", True),
-        Row("1", "p2", "-49", None, "3", None),
-        Row("2", "p3", "2.5", None, None, None),
+        asked("0", "p1", "a1", None, "g", True),
+        asked("1", "p2", "-49", None, "3", None),
+        asked("2", "p3", "2.5", None, None, None),
     ]
 
 
 def test_classification_rows_and_own_field_names(tmp_path: Path) -> None:
     assert read_rows(save(tmp_path, '{"text": "t", "label": 0}', '{"text": "u", "label": 7}')) == [
-        Row("0", "t", label=0),
-        Row("1", "u", label=7),
+        asked("0", "t", label=0),
+        asked("1", "u", label=7),
     ]
     path = save(tmp_path, '{"s": "t", "y": "good", "key": 41, "kind": "film"}')
     fields = Fields(text="s", label="y", id="key", group="kind")
-    assert read_rows(str(path), fields=fields) == [Row("41", "t", label="good", group="film")]
+    assert read_rows(str(path), fields=fields) == [asked("41", "t", label="good", group="film")]
 
 
 def test_kind_settles_a_file_that_has_both_pairs(tmp_path: Path) -> None:
     path = save(tmp_path, '{"prompt": "p", "answer": "a", "text": "t", "label": 2}')
     with pytest.raises(InputError, match="line 1: has prompt and answer as well as text and label"):
         read_rows(path)
-    assert read_rows(path, kind="generation") == [Row("0", "p", "a", 2)]
-    assert read_rows(path, kind="classification") == [Row("0", "t", label=2)]
+    assert read_rows(path, kind="generation") == [asked("0", "p", "a", 2)]
+    assert read_rows(path, kind="classification") == [asked("0", "t", label=2)]
 
 
 def test_line_ends_blank_tail_mark_and_separators(tmp_path: Path) -> None:
@@ -61,7 +82,7 @@ def test_line_ends_blank_tail_mark_and_separators(tmp_path: Path) -> None:
     text = "one\u2028two\x85 \u00e9\U0001f600"
     rows = [json.dumps({"text": text, "label": i}, ensure_ascii=False) for i in (0, 1)]
     path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(rows).encode() + b"\r\n\n  \n\n")
-    assert [row.prompt for row in read_rows(path)] == [text, text]
+    assert [row.content["text"] for row in read_rows(path)] == [text, text]
 
 
 BAD_LINES = [
@@ -76,7 +97,8 @@ BAD_LINES = [
     ([ASK, '{"prompt": "p", "variation": "g"}'],
      'line 2: no field "answer"; the fields there are: "prompt", "variation"'),
     (['{"label": 1}'], 'line 1: no field "text"; the fields there are: "label"'),
-    (["{}"], 'no field "prompt" and "answer", or "text" and "label"; the fields there are: none'),
+    (["{}"], 'no field "prompt" and "answer", or "text" and "label", or "text", or "source" and '
+     '"target", or "messages"; the fields there are: none'),
     ([json.dumps(dict.fromkeys("abcdefghij"))], '"a", "b", "c", "d", "e", "f", "g", "h", ...'),
     ([ASK, TEXT], "line 2: a classification row, but line 1 is a generation row"),
     ([TEXT, ASK], "line 2: a generation row, but line 1 is a classification row"),
@@ -134,15 +156,15 @@ def test_bad_files(tmp_path: Path) -> None:
 
 clean = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip)
 maybe = {"group": st.none() | clean, "corrupted": st.none() | st.booleans()}
-asked = st.builds(
-    Row, id=clean, prompt=clean, answer=clean, label=st.none() | st.integers() | clean, **maybe
+answered = st.builds(
+    asked, name=clean, prompt=clean, answer=clean, label=st.none() | st.integers() | clean, **maybe
 )
-labelled = st.builds(Row, id=clean, prompt=clean, answer=st.none(), label=st.integers(), **maybe)
+labelled = st.builds(asked, name=clean, prompt=clean, label=st.integers(), **maybe)
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    rows=st.lists(asked, min_size=1, max_size=5, unique_by=lambda row: row.id)
+    rows=st.lists(answered, min_size=1, max_size=5, unique_by=lambda row: row.id)
     | st.lists(labelled, min_size=1, max_size=5, unique_by=lambda row: row.id)
 )
 def test_what_is_written_is_read_back(
@@ -160,9 +182,9 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "out.jsonl"
-    write_rows([Row("0", "old", "a")], path)
+    write_rows([asked("0", "old", "a")], path)
     with pytest.raises(UnicodeEncodeError):
-        write_rows([Row("0", "new", "a"), Row("1", "\ud800", "a")], path)
+        write_rows([asked("0", "new", "a"), asked("1", "\ud800", "a")], path)
 
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
@@ -171,8 +193,8 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(
         with monkeypatch.context() as patch:
             patch.setattr(os, step, full)
             with pytest.raises(InputError, match=r"out\.jsonl: cannot be written \(No space left"):
-                write_rows([Row("0", "new", "a")], path)
-    assert [row.prompt for row in read_rows(path)] == ["old"]
+                write_rows([asked("0", "new", "a")], path)
+    assert [row.content["prompt"] for row in read_rows(path)] == ["old"]
     assert os.listdir(tmp_path) == ["out.jsonl"]
 
 
@@ -181,13 +203,13 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     for name in ("absent/out.jsonl", "file/out.jsonl", "folder"):
         with pytest.raises(InputError, match=r"cannot be written \("):
-            write_rows([Row("0", "p", "a")], tmp_path / name)
+            write_rows([asked("0", "p", "a")], tmp_path / name)
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
     assert os.listdir(tmp_path / "folder") == []
 
 
 @pytest.mark.parametrize(
-    "rows", [[], [Row("0", "p", "a"), Row("1", "p", label=1)], [Row("0", "p")]]
+    "rows", [[], [asked("0", "p", "a"), asked("1", "p", label=1)], [asked("0", "p")]]
 )
 def test_rows_that_could_not_be_read_back_are_not_written(rows: list[Row], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"at least one row|neither answer nor label"):
@@ -196,7 +218,7 @@ def test_rows_that_could_not_be_read_back_are_not_written(rows: list[Row], tmp_p
 
 
 def labels_of(n: int, *labels: int | str) -> list[Row]:
-    return [Row(str(i), f"text {i}", label=labels[i % len(labels)]) for i in range(n)]
+    return [asked(str(i), f"text {i}", label=labels[i % len(labels)]) for i in range(n)]
 
 
 @pytest.mark.parametrize(("n", "fraction"), [(10, 0.2), (100, 0.336), (7, 1.0), (7, 0.0), (0, 0.5)])
@@ -206,11 +228,11 @@ def test_flip_changes_exactly_the_asked_share(
 ) -> None:
     rows = labels_of(n, *labels)
     flipped = flip_labels(rows, fraction, seed=3)
-    changed = [a.label != b.label for a, b in zip(rows, flipped, strict=True)]
+    changed = [a.content != b.content for a, b in zip(rows, flipped, strict=True)]
     assert sum(changed) == round(fraction * n)
     assert [row.corrupted for row in flipped] == changed
-    assert {row.label for row in flipped} <= set(labels)
-    assert [(r.id, r.prompt) for r in flipped] == [(r.id, r.prompt) for r in rows]
+    assert {row.content["label"] for row in flipped} <= set(labels)
+    assert [(r.id, r.content["text"]) for r in flipped] == [(r.id, r.content["text"]) for r in rows]
     assert all(row.corrupted is None for row in rows)
 
 
@@ -223,7 +245,7 @@ def test_flip_is_fixed_by_its_seed_and_reaches_all_rows_and_labels() -> None:
     assert len(hits) == 40
     assert max(hits.values()) < 35
     moves = Counter(
-        (old.label, new.label)
+        (old.content["label"], new.content["label"])
         for pick in picks
         for old, new in zip(rows, pick, strict=True)
         if new.corrupted
@@ -239,8 +261,8 @@ def test_flip_is_fixed_by_its_seed_and_reaches_all_rows_and_labels() -> None:
         (labels_of(4, 0, 1), -0.1, r"in \[0, 1\]"),
         (labels_of(4, 0, 1), float("nan"), r"in \[0, 1\]"),
         (labels_of(4, 0), 0.5, "at least two labels, but there is 1"),
-        ([Row("x", "p", "a")], 0.0, "row x has no label"),
-        ([Row("y", "p", label=1, corrupted=True)], 0.0, "row y has no label, or a corrupted one"),
+        ([asked("x", "p", "a")], 0.0, "row x has no label"),
+        ([asked("y", "p", label=1, corrupted=True)], 0.0, "row y has no label, or a corrupted one"),
     ],
 )
 def test_flip_refuses_what_it_cannot_do(rows: list[Row], fraction: float, message: str) -> None:
@@ -251,7 +273,7 @@ def test_flip_refuses_what_it_cannot_do(rows: list[Row], fraction: float, messag
 def test_a_model_that_names_its_labels_decides_their_order() -> None:
     from types import SimpleNamespace
 
-    from hyperinf_kernels.workloads.models import class_order
+    from hyperinf_kernels.workloads.classification import class_order
 
     model = SimpleNamespace(config=SimpleNamespace(label2id={"positive": 0, "negative": 1}))
     assert class_order(model, ["negative", "positive"]) == ["positive", "negative"]

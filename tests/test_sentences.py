@@ -39,9 +39,9 @@ EXPECTED = {
 
 def sentence_of(row: Row) -> str:
     """What stands between the request and the arrow."""
-    assert row.prompt.count(": ") == 1
-    assert row.prompt.endswith(" ->")
-    return row.prompt.split(": ")[1].removesuffix(" ->")
+    assert row.content["prompt"].count(": ") == 1
+    assert row.content["prompt"].endswith(" ->")
+    return row.content["prompt"].split(": ")[1].removesuffix(" ->")
 
 
 def known_sentences(count: int) -> dict[str, Sentence]:
@@ -88,10 +88,10 @@ def test_rows_are_balanced_distinct_and_do_not_leak() -> None:
     assert len({row.id for row in train + query}) == 1000
     used: dict[str | None, set[str]] = defaultdict(set)
     for row in train:
-        used[row.group].add(row.prompt.split(":")[0])
+        used[row.group].add(row.content["prompt"].split(":")[0])
     assert used == {c.name: set(c.requests) for c in CLASSES}
-    assert max(len(row.prompt.split()) for row in train) <= 16
-    assert max(len(row.answer.split()) for row in train if row.answer) <= 12
+    assert max(len(row.content["prompt"].split()) for row in train) <= 16
+    assert max(len(row.content["answer"].split()) for row in train if row.content["answer"]) <= 12
 
 
 @pytest.mark.parametrize(
@@ -110,8 +110,8 @@ def test_corruption_is_exact_even_and_wrong(n: int, corrupt: float) -> None:
         sentence = drawn[sentence_of(row)]
         assert row.group is not None
         right = by_name[row.group].answer(sentence)
-        assert (row.answer != right) is row.corrupted
-        assert row.answer in [c.answer(sentence) for c in CLASSES]
+        assert (row.content["answer"] != right) is row.corrupted
+        assert row.content["answer"] in [c.answer(sentence) for c in CLASSES]
     assert sum(bool(row.corrupted) for row in train) == round(corrupt * n)
     assert all(row.corrupted is False for row in query)
     share = Counter(row.group for row in train if row.corrupted)
@@ -125,7 +125,9 @@ def test_corruption_is_exact_even_and_wrong(n: int, corrupt: float) -> None:
 
 def test_wrong_answers_come_from_all_the_other_classes() -> None:
     train, _ = generate(2000, 0, corrupt=1.0, seed=2)
-    questions = sum(row.answer is not None and row.answer.endswith("?") for row in train)
+    questions = sum(
+        row.content["answer"] is not None and row.content["answer"].endswith("?") for row in train
+    )
     # 1800 rows of other classes, one in nine becomes a question: 200, standard deviation 13.
     assert 140 < questions < 260
 

@@ -47,7 +47,7 @@ def bench(
     from ..ops import costs
     from ..ops.calibration import calibrate as measure
     from ..store.files import write_json
-    from .running import check_device
+    from .command import check_device
     from .terminal import Bars
 
     check_device(device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Mapping
@@ -146,6 +147,15 @@ def fitted_lines(document: Mapping[str, Any]) -> None:
     )
     console.print(_spent(document))
     console.print(f"use it: hyperinf score --fitted {document['output']}", soft_wrap=True)
+
+
+def rows_seen(document: Mapping[str, Any], as_json: bool) -> None:
+    """Rows as the model sees them, on stdout."""
+    from ..workloads.shown import as_text
+
+    encoding = sys.stdout.encoding or "utf-8"
+    for text in () if as_json else map(as_text, document["rows"]):
+        print(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def _spent(document: Mapping[str, Any]) -> str:

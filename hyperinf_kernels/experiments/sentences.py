@@ -12,8 +12,8 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from hyperinf_kernels.errors import InputError
-from hyperinf_kernels.workloads.rows import Row
+from ..errors import InputError
+from ..workloads.rows import Row
 
 __all__ = ["CLASSES", "Sentence", "Transformation", "draw_sentence", "generate"]
 
@@ -192,8 +192,10 @@ def _row(part: str, i: int, sentence: Sentence, rng: random.Random, corrupted: b
     done = rng.choice([c for c in CLASSES if c is not asked]) if corrupted else asked
     return Row(
         id=f"{part}-{i}",
-        prompt=f"{request}: {' '.join(sentence.words)} ->",
-        answer=done.answer(sentence),
+        content={
+            "prompt": f"{request}: {' '.join(sentence.words)} ->",
+            "answer": done.answer(sentence),
+        },
         group=asked.name,
         corrupted=corrupted,
     )

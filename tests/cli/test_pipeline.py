@@ -15,8 +15,9 @@ import pytest
 import transformers
 
 from hyperinf_kernels.cli import app as commands
-from hyperinf_kernels.workloads import rows as row_files
-from hyperinf_kernels.workloads.rows import same_source
+from hyperinf_kernels.workloads import files as row_files
+from hyperinf_kernels.workloads.files import same_source
+from hyperinf_kernels.workloads.rows import Fields
 from tests import folders
 
 from .command import GENERATION, ROOT, SCORE, Command, document, done, scores
@@ -73,7 +74,7 @@ def test_every_command_that_reads_rows_has_the_same_options() -> None:
         if "train" in names:
             readers[command.callback.__name__] = names
     assert {"score", "fit", "self_influence", "plan", "show", "mislabeled"} <= set(readers)
-    fields = {f"{name}_field" for name in row_files.Fields.__dataclass_fields__}
+    fields = {f"{name}_field" for name in Fields.__dataclass_fields__}
     for command_name, names in readers.items():
         assert fields | {"limit", "max_length"} <= names, command_name
         assert ("query" in names) == ("query_limit" in names), command_name

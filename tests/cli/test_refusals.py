@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from hyperinf_kernels import jobs
+from hyperinf_kernels.jobs import results
 from hyperinf_kernels.store import files
 from hyperinf_kernels.workloads import models
 from tests import folders
@@ -249,7 +249,7 @@ def test_trouble_while_writing_leaves_nothing(
             temporary.write_text("half")
             raise trouble
 
-    monkeypatch.setattr(jobs, "write_json", write)
+    monkeypatch.setattr(results, "write_json", write)
     ran = hyperinf(f"{SCORE} --output {output}")
     assert ran.code == code
     assert ran.err == f"{line}\n"
