@@ -20,8 +20,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from build_support import cuda
-from hyperinf_kernels import info
-from hyperinf_kernels.ops import native
+from hyperinf_kernels.ops import info, native
 from tests.native_cases import needs_kernels
 
 ROOT = Path(__file__).parents[1]

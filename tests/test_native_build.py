@@ -11,8 +11,7 @@ import pytest
 import torch
 
 import hyperinf_kernels as hk
-from hyperinf_kernels import info
-from hyperinf_kernels.ops import dispatch, native
+from hyperinf_kernels.ops import dispatch, info, native
 from tests.native_cases import ISAS, needs_kernels, random
 
 ROOT = Path(__file__).parents[1]

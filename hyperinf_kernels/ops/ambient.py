@@ -122,24 +122,27 @@ def shielded(kind: type[K]) -> type[K]:
 class _unaffected:  # noqa: N801, a context manager by the name of what it does
     """Grad mode off, inference mode off, sums exact; entering costs about 1 us if all are so."""
 
-    __slots__ = ("stack",)
+    __slots__ = ("grad", "stack")
 
     def __enter__(self) -> None:
         self.stack: ExitStack | None = None
+        self.grad = torch.is_grad_enabled()
         inference = torch.is_inference_mode_enabled()
-        if not inference and not torch.is_grad_enabled() and is_exact() and is_exact("cuda"):
+        if not (inference or torch.is_autocast_enabled("cuda")) and is_exact():
+            torch._C._set_grad_enabled(False)  # what torch.no_grad does, at a third of its cost
             return
         with ExitStack() as stack:
             if inference:
                 # what is kept must take part in later calls outside
                 stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
-            if not (is_exact() and is_exact("cuda")):
-                stack.enter_context(exact())
+            stack.enter_context(exact())
             self.stack = stack.pop_all()
 
     def __exit__(self, *error: Any) -> None:
-        if self.stack is not None:
+        if self.stack is None:
+            torch._C._set_grad_enabled(self.grad)
+        else:
             self.stack.__exit__(*error)
 
 
