@@ -147,7 +147,8 @@ class HyperINF(Solver):
         if self.side == "both":
             return both_work(n, *shape, queries)
         thin, size = shape[::-1] if self.side == "rows" else shape
-        return route_work(n, thin, size, queries, condition, held_rows=held_rows)
+        runs = self._runs_by_rule(*shape) and not held_rows
+        return route_work(n, thin, size, queries, condition, held_rows=held_rows, runs=runs)
 
     @property
     def scale_free(self) -> bool:  # type: ignore[override]
@@ -225,14 +226,22 @@ class HyperINF(Solver):
         if name in self.gfims:
             return True
         r, d = self.blocks[name].shape
-        asked = self.check == "full" or self.mode == "paper" or self.tol is not None
-        if self.side != "cols" or d < RUNS_FROM or asked or batch.dtype == torch.float64:
+        if not self._runs_allowed(d) or batch.dtype == torch.float64:
             return True
-        if self.damping.data_inf + r * self.damping.trace >= RUNS_DAMPING:
+        if self._runs_by_rule(r, d):
             return False
         mean_square = float(squares(batch.flatten(1)).mean()) / (r * d)
         absolute = self.damping.absolute * self.blocks[name].unit
         return absolute < RUNS_DAMPING * mean_square
+
+    def _runs_allowed(self, d: int) -> bool:
+        asked = self.check == "full" or self.mode == "paper" or self.tol is not None
+        return self.side == "cols" and d >= RUNS_FROM and not asked
+
+    def _runs_by_rule(self, r: int, d: int) -> bool:
+        """Whether fp32 runs do whatever the gradients are."""
+        relative = self.damping.data_inf + r * self.damping.trace
+        return self._runs_allowed(d) and relative >= RUNS_DAMPING
 
     def _mean_eigenvalue(self, state: BlockState) -> float:
         if self.side == "both":

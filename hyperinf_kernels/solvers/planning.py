@@ -42,7 +42,14 @@ class Work:
 
 
 def route_work(
-    n: int, r: int, d: int, queries: int, condition: float | None, *, held_rows: bool
+    n: int,
+    r: int,
+    d: int,
+    queries: int,
+    condition: float | None,
+    *,
+    held_rows: bool,
+    runs: bool = False,
 ) -> dict[str, Work]:
     """Work per route for W = V (C + lambda I)^-1 with V of queries * r rows.
 
@@ -50,9 +57,10 @@ def route_work(
         n: samples of shape (r, d), or (d, r) seen from the other side.
         condition: of C + lambda I. None: there is no damping, which leaves only `direct`.
         held_rows: whether the n r rows behind C are kept, so that `dual` can run.
+        runs: whether C is summed in fp32 runs, not in fp64.
     """
     rows, thin = n * r, 2.0 * queries * r * d**2
-    curvature = ("gfim", 2.0 * rows * d**2, d)
+    curvature = ("gram" if runs else "gfim", 2.0 * rows * d**2, d)
     kept = 8.0 * d**2
     found = {
         "direct": Work((curvature, ("factor_fp64", d**3 / 3, d), ("thin_fp64", 2 * thin, d)), kept)
