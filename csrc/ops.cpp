@@ -79,9 +79,8 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT,
 
 PyMODINIT_FUNC PyInit__C() {
   PyObject* made = PyModule_Create(&module);
-  if (made != nullptr &&
-      (PyModule_AddIntConstant(made, "dot_depth", hyperinf::kDotDepth) != 0 ||
-       PyModule_AddIntConstant(made, "sum_depth", hyperinf::kSumDepth) != 0))
+  if (made != nullptr && (PyModule_AddIntConstant(made, "dot_depth", hyperinf::kDotDepth) != 0 ||
+                          PyModule_AddIntConstant(made, "sum_depth", hyperinf::kSumDepth) != 0))
     Py_CLEAR(made);
   return made;
 }

@@ -30,7 +30,7 @@ struct DotArgs {
   int64_t row_stride;
   int64_t count;  // at most kDotRows
   int64_t columns;
-  int64_t ahead;  // columns that follow in memory and are wanted soon, these included
+  int64_t ahead;         // columns that follow in memory and are wanted soon, these included
   const float* queries;  // (n_queries, columns) in blocks of kQueryBlock columns, one after another
   int64_t n_queries;
   double* dots;   // (count, n_queries), contiguous

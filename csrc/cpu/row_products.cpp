@@ -42,7 +42,8 @@ struct Rows {
       STD_TORCH_CHECK(t.size(1) == columns, "rows and V must have the same D");
       STD_TORCH_CHECK(columns <= 1 || t.stride(1) == 1, "rows must have unit column stride");
       if (t.size(0) == 0) continue;
-      parts.push_back({static_cast<const char*>(t.const_data_ptr()), t.stride(0), t.size(0), count});
+      parts.push_back(
+          {static_cast<const char*>(t.const_data_ptr()), t.stride(0), t.size(0), count});
       count += t.size(0);
     }
   }

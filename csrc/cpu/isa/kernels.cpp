@@ -68,7 +68,7 @@ static void thin(const ThinArgs& a) {
     thin_product<float>(a);
 }
 
-const Kernels kTable = {kLanes, slab,  dots, sums,      gram,   gram64,           combine,
-                        image,  thin,  block_dot, schulz, spd_inverse_lanes};
+const Kernels kTable = {kLanes,  slab,  dots, sums,      gram,   gram64,
+                        combine, image, thin, block_dot, schulz, spd_inverse_lanes};
 
 }  // namespace hyperinf::HYPERINF_ISA

@@ -6,7 +6,7 @@
 
 namespace hyperinf::HYPERINF_ISA {
 
-constexpr int kRun = 16;  // vectors that one register adds up
+constexpr int kRun = 16;                          // vectors that one register adds up
 constexpr int kRuns = kWideRegisterFile ? 4 : 8;  // of them added in fp32
 constexpr int64_t kRunColumns = kRun * kLanes;
 constexpr int64_t kFlushColumns = kRuns * kRunColumns;
@@ -36,10 +36,10 @@ static inline Four quarter(Vec v) {
 // The sums of four vectors.
 static inline Four four_sums(const Vec* v) {
   const Four a = quarter(v[0]), b = quarter(v[1]), c = quarter(v[2]), d = quarter(v[3]);
-  const Four ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) +
-                  __builtin_shufflevector(a, b, 2, 6, 3, 7);
-  const Four cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) +
-                  __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  const Four ab =
+      __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  const Four cd =
+      __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
   return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
 }
 
@@ -172,8 +172,7 @@ static void dot_block(const DotArgs& a) {
       for (int64_t k = whole; k < a.columns; ++k) {
         const double g = widen(G[r * a.row_stride + k]);
         if (norms) a.norms[r] += g * g;
-        for (int64_t q = 0; q < n; ++q)
-          dots[r * a.n_queries + q] += g * place(k)[q * kQueryBlock];
+        for (int64_t q = 0; q < n; ++q) dots[r * a.n_queries + q] += g * place(k)[q * kQueryBlock];
       }
     first_query += n;
   } while (first_query < a.n_queries);
@@ -181,7 +180,8 @@ static void dot_block(const DotArgs& a) {
 
 constexpr int kSumTile = kWideRegisterFile ? 12 : 4;
 constexpr int64_t kPair2 = 2 * kLanes;
-constexpr int64_t kSliver = (kPanelRows + 1) * kPair2;  // one row more: no two in one set of a cache
+constexpr int64_t kSliver =
+    (kPanelRows + 1) * kPair2;  // one row more: no two in one set of a cache
 
 // partial[q] (+)= sum_r weight[r][q] g_r over a pair of vectors; `next` is fetched meanwhile.
 template <int Q, class Row>
@@ -233,9 +233,8 @@ static void sum_slice(const SumArgs& a) {
       const int64_t rows = smaller(kPanelRows, a.count - start);
       pack_panel(G + start * a.row_stride, a.row_stride, rows, a.columns, a.panel);
       const float* const weights = a.weights + start * n;
-      const Row* const after = start + rows + kPanelRows <= a.count
-                                   ? G + (start + kPanelRows) * a.row_stride
-                                   : nullptr;
+      const Row* const after =
+          start + rows + kPanelRows <= a.count ? G + (start + kPanelRows) * a.row_stride : nullptr;
       for (int64_t q = 0; q < n;) {
         const auto tile = [&]<int Q>() {
           for (int64_t k = 0; k < padded; k += kPair2)
