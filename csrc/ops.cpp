@@ -31,6 +31,15 @@ STABLE_TORCH_LIBRARY(hyperinf, m) {
       "pairwise_dot(Tensor delta1, Tensor act1, Tensor delta2, Tensor act2, bool ghost) -> Tensor");
   // A (b, d, d) fp32, d <= 128, start (b), coefficients (b, steps, 8) fp32 -> X (b, d, d)
   m.def("schulz(Tensor A, Tensor start, Tensor coefficients, int[] degrees) -> Tensor");
+  // A (b, d, d) fp32, d <= 128, V (b, m, d) fp32 or none, start (b) and coefficients (b, steps, 8)
+  // of a chain for given bounds or none, menu (polynomials, 12) fp32 -> A^-1 (b, d, d) or V A^-1
+  // (b, m, d), and facts (b, 6) fp64: fit, residual, how it is known, floor, products, steps
+  m.def(
+      "schulz_adaptive(Tensor A, Tensor? V, Tensor? start, Tensor? coefficients, int[] degrees, "
+      "Tensor menu, float goal, int budget, bool certify) -> (Tensor, Tensor)");
+  // A (b, d, d) fp32 or fp64 -> (b, 6) fp64: largest |a|, largest |a - a^T|, least diagonal entry,
+  // trace, sum of squares, largest sum of |a| of a row; all NaN where A is not finite
+  m.def("matrix_norms(Tensor A) -> Tensor");
   // A (b, d, d) fp32, d <= 128 -> inverse (b, d, d) and LAPACK's info (b) int32. With `check` the
   // upper triangle is read too, and info is -1 for a matrix that is not symmetric to 1e-3 of its
   // largest entry, or not finite, or whose inverse is not

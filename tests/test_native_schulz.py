@@ -153,7 +153,7 @@ def test_the_raw_op_refuses_by_name(args: tuple, message: str) -> None:
 
 def test_faces_run_on_the_kernel_and_say_so() -> None:
     A = spd(6, 24).reshape(2, 3, 24, 24)
-    with on_cpu_kernels("schulz"):
+    with on_cpu_kernels("schulz_adaptive"):
         X, info = hk.schulz_inverse(A, return_info=True)
         hk.schulz_solve(A, random(2, 3, 4, 24))
     assert info.backend == "cpu"

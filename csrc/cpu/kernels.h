@@ -135,6 +135,36 @@ struct SchulzArgs {
 constexpr int64_t kCoefficients = 8;
 constexpr int64_t kSchulzBuffers = 9;
 
+// One polynomial of `menu` (ops/schedule.py): its degree, the spectral radius of I - A X that it is
+// made for, what it leaves of it, the logarithm of that, and its coefficients.
+constexpr int64_t kMenuColumns = 4 + kCoefficients;
+
+// A Schulz inverse or solve of one matrix that finds its own steps, and what is known of it.
+struct AdaptiveArgs {
+  const float* matrix;  // (d, d), any strides
+  int64_t row_stride;
+  int64_t column_stride;
+  int d;
+  bool scheduled;  // a chain for given bounds of the spectrum goes first
+  float start;
+  const int64_t* degrees;
+  const float* coefficients;
+  int64_t steps;
+  const float* menu;  // (polynomials, kMenuColumns); the first one widens what converges
+  int64_t polynomials;
+  double goal;           // residual to reach; 0: as small as rounding allows
+  int64_t budget;        // products
+  bool certify;          // the result's residual is wanted
+  const float* queries;  // (n_queries, d), contiguous, or null for the inverse
+  int64_t n_queries;
+  float* result;   // (d, d) or (n_queries, d), contiguous
+  double* facts;   // kFacts numbers
+  float* scratch;  // kSchulzBuffers matrices with rows up to a multiple of 4, aligned to 64 bytes
+};
+constexpr int64_t kFacts = 6;  // fit, residual, how it is known, floor, products, steps
+enum Known : int { kNothing, kBound, kEstimate, kMeasured };  // as in ops/solve.py
+constexpr int64_t kThinRows = 4;
+
 // One group of symmetric positive definite matrices, at most one per lane.
 struct LanesArgs {
   const float* matrices;  // (count, d, d), unit column stride; the lower triangle is read
@@ -164,6 +194,7 @@ struct Kernels {
   double (*block_dot)(const float* x, int64_t x_stride, const float* y, int64_t y_stride,
                       int64_t rows, int64_t columns);
   void (*schulz)(const SchulzArgs&);
+  void (*schulz_adaptive)(const AdaptiveArgs&);
   void (*spd_inverse_lanes)(const LanesArgs&);
 };
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .adaptive import Facts
 from .dispatch import TensorMeta, implements, unfit
-from .schedule import FREE_FIRST_STEP, PRODUCTS, Step
+from .schedule import FREE_FIRST_STEP, PRODUCTS, Step, packed_menu
 
 ROWS = (torch.float32, torch.bfloat16)
 SUMS = (torch.float32, torch.float64)
@@ -256,19 +257,44 @@ def _refuse_schulz(metas: tuple[TensorMeta, ...]) -> str | None:
 @implements("schulz", "cpu", _refuse_schulz)
 def schulz(A: Tensor, start: Tensor, steps: Sequence[Step]) -> tuple[Tensor, int]:
     batch = math.prod(A.shape[:-2])
-    # every step's coefficients, in the order in which the schedule names them
-    table = torch.zeros(batch, len(steps), COEFFICIENTS, dtype=torch.float32, device=A.device)
-    for k, step in enumerate(steps):
-        for i, value in enumerate(step.coefficients.values()):
-            table[:, k, i] = value.reshape(batch)
     X = torch.ops.hyperinf.schulz(
         A.reshape(batch, *A.shape[-2:]),
         start.reshape(batch).float().contiguous(),
-        table,
+        _coefficients(batch, steps),
         [step.degree for step in steps],
     )
     products = sum(PRODUCTS[step.degree] for step in steps) - (FREE_FIRST_STEP if steps else 0)
     return X.reshape(A.shape), products
+
+
+def _coefficients(batch: int, steps: Sequence[Step]) -> Tensor:
+    """Every step's coefficients, in the order in which the schedule names them."""
+    table = torch.zeros(batch, len(steps), COEFFICIENTS, dtype=torch.float32)
+    for k, step in enumerate(steps):
+        for i, value in enumerate(step.coefficients.values()):
+            table[:, k, i] = value.reshape(batch)
+    return table
+
+
+@implements("schulz_adaptive", "cpu", _refuse_schulz)
+def schulz_adaptive(
+    A: Tensor, V: Tensor | None, start: Tensor | None, steps: Sequence[Step], goal: float,
+    budget: int, certify: bool,
+) -> tuple[Tensor, Facts]:  # fmt: skip
+    """A^-1 or V A^-1 of (B, d, d) and what is known of it, all of one matrix in cache."""
+    scheduled = start is not None
+    result, facts = torch.ops.hyperinf.schulz_adaptive(
+        A,
+        None if V is None else V.contiguous(),
+        start.float().contiguous() if start is not None else None,
+        _coefficients(len(A), steps) if scheduled else None,
+        [step.degree for step in steps],
+        packed_menu(),
+        goal,
+        budget,
+        certify,
+    )
+    return result, Facts.of(facts)
 
 
 def _refuse_spd_inverse(metas: tuple[TensorMeta, ...]) -> str | None:

@@ -104,6 +104,20 @@ def schulz(A: Tensor, start: Tensor, coefficients: Tensor, degrees: list[int]) -
     return A.new_empty(A.shape)
 
 
+@fake("schulz_adaptive")
+def schulz_adaptive(
+    A: Tensor, V: Tensor | None, start: Tensor | None, coefficients: Tensor | None,
+    degrees: list[int], menu: Tensor, goal: float, budget: int, certify: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    result = A.new_empty(A.shape if V is None else V.shape)
+    return result, A.new_empty((A.shape[0], 6), dtype=torch.float64)
+
+
+@fake("matrix_norms")
+def matrix_norms(A: Tensor) -> Tensor:
+    return A.new_empty((A.shape[0], 6), dtype=torch.float64)
+
+
 @fake("spd_inverse")
 def spd_inverse(A: Tensor, check: bool = False) -> tuple[Tensor, Tensor]:
     return A.new_empty(A.shape), A.new_empty(A.shape[:1], dtype=torch.int32)

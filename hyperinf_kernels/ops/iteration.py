@@ -68,8 +68,8 @@ def chain(
         # rounding moves eigenvalues past the bound, where Chebyshev polynomials grow fastest
         wide = upper[low] * (1 + 64 * ROUNDOFF[precision])
         start, steps = plan_steps(lower[low], wide, min(0.3, max(target, floor)))
-        steps = _within(steps, budget - 1)
-        X, spent = call("schulz_rounded", (A[low].float(),), *_as(start, steps, torch.float32),
+        steps = within_budget(steps, budget - 1)
+        X, spent = call("schulz_rounded", (A[low].float(),), *as_dtype(start, steps, torch.float32),
                         precision)  # fmt: skip
         R, _ = inverse_residual(A[low], X)
         state.X[low] = X.to(A.dtype)
@@ -80,8 +80,8 @@ def chain(
     if bool(high.any()):
         least = HELD * torch.finfo(A.dtype).eps * upper
         start, steps = plan_steps(torch.maximum(lower, least)[high], upper[high], target)
-        steps = _within(steps, budget - int(state.products[high].max()))
-        state.X[high], spent = call("schulz", (A[high],), *_as(start, steps, A.dtype))
+        steps = within_budget(steps, budget - int(state.products[high].max()))
+        state.X[high], spent = call("schulz", (A[high],), *as_dtype(start, steps, A.dtype))
         state.products[high] += spent
         state.steps[high] += len(steps)
     return state
@@ -151,7 +151,8 @@ def _spectral(R: Tensor) -> Tensor:
     return norm.nan_to_num(torch.inf)
 
 
-def _within(steps: list[Step], budget: int) -> list[Step]:
+def within_budget(steps: list[Step], budget: int) -> list[Step]:
+    """The first steps that cost at most so many products."""
     spent, kept = -FREE_FIRST_STEP, []
     for step in steps:
         spent += PRODUCTS[step.degree]
@@ -161,7 +162,7 @@ def _within(steps: list[Step], budget: int) -> list[Step]:
     return kept
 
 
-def _as(start: Tensor, steps: list[Step], dtype: torch.dtype) -> tuple[Tensor, list[Step]]:
+def as_dtype(start: Tensor, steps: list[Step], dtype: torch.dtype) -> tuple[Tensor, list[Step]]:
     """Scalars in the dtype of the products."""
     cast = [Step(s.degree, {k: c.to(dtype) for k, c in s.coefficients.items()}) for s in steps]
     return start.to(dtype), cast

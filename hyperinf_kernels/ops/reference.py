@@ -235,6 +235,8 @@ def span_dots(V: Tensor, *rows: Tensor, B: Tensor, a: float) -> tuple[Tensor, Te
 def spd_inverse(A: Tensor) -> tuple[Tensor, Tensor]:
     """Cholesky inverse and, per matrix, LAPACK's info (0 when positive definite)."""
     factor, info = torch.linalg.cholesky_ex(A)
+    if not bool((info > 0).any()):
+        return torch.cholesky_inverse(factor), info
     # a failed factor may hold a zero pivot, on which the inverse raises for the whole batch
     eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     factor = torch.where((info > 0)[..., None, None], eye, factor)

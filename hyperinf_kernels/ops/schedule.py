@@ -5,6 +5,8 @@ degree q replaces the residual R by T_q(R/e)/T_q(1/e), so e becomes 1/T_q(1/e). 
 T_a(T_b) = T_ab, any chain is the optimal polynomial of degree prod(q): only the cost of a chain
 matters. Degree 2 is Pan and Schreiber (1991); degrees 3, 5 and 9 expand X (I - p(R)) (I - R)^-1 and
 evaluate it in 3, 4 and 5 products. All scalars are computed in fp64, one per matrix of the batch.
+
+Without bounds a chain chooses step by step from the same polynomials, for some radii (`MENU`).
 """
 
 from __future__ import annotations
@@ -12,8 +14,10 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 PRODUCTS = {2: 2, 3: 3, 5: 4, 9: 5}
@@ -112,3 +116,59 @@ def _degree9(e: Tensor) -> tuple[dict[str, Tensor], Tensor]:
 
 
 _STEPS = {2: _degree2, 3: _degree3, 5: _degree5, 9: _degree9}
+
+
+@dataclass(frozen=True)
+class Polynomial:
+    """A step for spectra of I - A X within [-radius, radius], of which it leaves `reach`."""
+
+    degree: int
+    radius: float
+    reach: float
+    coefficients: dict[str, float]
+
+    @property
+    def cost(self) -> int:
+        """Products once I - A X is there."""
+        return PRODUCTS[self.degree] - 1
+
+
+# what a widening step leaves of the eigenvalues that it brings near 1; at 1/2 those from 1/188 of
+# the top up are brought there, and smaller ones grow 63 times nearer
+WIDENED = 0.5
+# radii of the steps that contract, a factor of sqrt(2) apart: from what a Frobenius norm can still
+# bound down to where the square is fp32 rounding
+RADII = tuple(0.95 * 2 ** (-k / 2) for k in range(22, -1, -1))
+
+
+def _polynomial(degree: int, radius: float) -> Polynomial:
+    coefficients, left = _STEPS[degree](torch.tensor(radius, dtype=torch.float64))
+    return Polynomial(degree, radius, float(left), {k: float(c) for k, c in coefficients.items()})
+
+
+def _widening() -> Polynomial:
+    """Degree 9 with 1 / T_9(1 / radius) = WIDENED."""
+    return _polynomial(9, 1 / math.cosh(math.acosh(1 / WIDENED) / 9))
+
+
+WIDENING = _widening()
+MENU = tuple(_polynomial(degree, radius) for radius in RADII for degree in PRODUCTS)
+
+
+@functools.cache
+def packed_menu() -> Tensor:
+    """WIDENING and MENU as the compiled kernel reads them: (polynomials, 12) in fp32."""
+    rows = []
+    for p in (WIDENING, *MENU):
+        given = list(p.coefficients.values())
+        rows.append(
+            [p.degree, p.radius, p.reach, math.log(p.reach), *given, *[0.0] * (8 - len(given))]
+        )
+    return torch.tensor(rows, dtype=torch.float32)
+
+
+def cheapest_step(radius: float, after: Callable[[float], float]) -> Polynomial:
+    """The polynomial for `radius` with the least products, `after(reach)` more counted in."""
+    made_for = next((r for r in RADII if r >= radius), RADII[-1])
+    fitting = [p for p in MENU if p.radius == made_for]
+    return min(fitting, key=lambda p: p.cost + after(p.reach))

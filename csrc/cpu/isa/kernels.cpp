@@ -4,6 +4,7 @@
 #include "hyperinf/gram.h"
 #include "hyperinf/row_products.h"
 #include "hyperinf/schulz.h"
+#include "hyperinf/schulz_adaptive.h"
 #include "hyperinf/sherman_morrison.h"
 #include "hyperinf/sketch.h"
 #include "hyperinf/spd_inverse.h"
@@ -68,7 +69,8 @@ static void thin(const ThinArgs& a) {
     thin_product<float>(a);
 }
 
-const Kernels kTable = {kLanes,  slab,  dots, sums,      gram,   gram64,
-                        combine, image, thin, block_dot, schulz, spd_inverse_lanes};
+const Kernels kTable = {kLanes,           slab,  dots, sums,      gram,   gram64,
+                        combine,          image, thin, block_dot, schulz, schulz_adaptive,
+                        spd_inverse_lanes};
 
 }  // namespace hyperinf::HYPERINF_ISA

@@ -105,6 +105,29 @@ static inline void step_factor(const Square<Stride>& s, int64_t degree, const fl
   s.product(1, left, right, m.Z, Term{e0, Y}, Term{b2, m.R2}, Term{b1, m.R}, Term{1, m.I});
 }
 
+// The steps of a schedule from X = start I, for A and I in place; X is left in m.X. R of the first
+// step is no product, nor is its X Z.
+template <int Stride>
+static inline void run_schedule(const Square<Stride>& s, SchulzMatrices& m, float start,
+                                const int64_t* degrees, const float* coefficients, int64_t steps) {
+  s.combine(m.X, Term{start, m.I});
+  for (int64_t k = 0; k < steps; ++k) {
+    if (k == 0)
+      s.combine(m.R, Term{1, m.I}, Term{-start, m.A});
+    else if (degrees[k] != 2)
+      s.product(-1, m.A, m.X, m.R, Term{1, m.I});
+    step_factor(s, degrees[k], coefficients + k * kCoefficients, k == 0, m);
+    if (k == 0) {
+      s.combine(m.X, Term{start, m.Z});
+      continue;
+    }
+    s.product(1, m.X, m.Z, m.P);
+    float* const last = m.X;
+    m.X = m.P;
+    m.P = last;
+  }
+}
+
 template <int Stride>
 static void schulz_steps(const SchulzArgs& a) {
   const Square<Stride> s{a.d, (a.d + kLanes - 1) / kLanes * kLanes};
@@ -115,22 +138,7 @@ static void schulz_steps(const SchulzArgs& a) {
       m.A[i * Stride + j] = j < a.d ? a.matrix[i * a.row_stride + j * a.column_stride] : 0.0f;
       m.I[i * Stride + j] = i == j ? 1.0f : 0.0f;
     }
-  s.combine(m.X, Term{a.start, m.I});
-  for (int64_t k = 0; k < a.steps; ++k) {
-    if (k == 0)
-      s.combine(m.R, Term{1, m.I}, Term{-a.start, m.A});
-    else if (a.degrees[k] != 2)
-      s.product(-1, m.A, m.X, m.R, Term{1, m.I});
-    step_factor(s, a.degrees[k], a.coefficients + k * kCoefficients, k == 0, m);
-    if (k == 0) {
-      s.combine(m.X, Term{a.start, m.Z});
-      continue;
-    }
-    s.product(1, m.X, m.Z, m.P);
-    float* const last = m.X;
-    m.X = m.P;
-    m.P = last;
-  }
+  run_schedule(s, m, a.start, a.degrees, a.coefficients, a.steps);
   for (int i = 0; i < a.d; ++i)
     for (int j = 0; j < a.d; ++j) a.result[static_cast<int64_t>(i) * a.d + j] = m.X[i * Stride + j];
 }
