@@ -93,6 +93,7 @@ class _Chain:
 
     def widen_first(self) -> None:
         """From X = start I the last product is none."""
+        assert self.start is not None
         self.X = _factor(self.R, WIDENING).mul_(self.start.to(self.A.dtype)[:, None, None])
         self.products += WIDENING.cost - 1
         self.steps += 1

@@ -41,8 +41,8 @@ class Norms(NamedTuple):
 def norms_of(A: Tensor) -> Norms:
     """Norms of A (B, d, d), fp32 or fp64."""
     if A.device.type == "cpu" and native.missing() is None:
-        *rest, square, rows = torch.ops.hyperinf.matrix_norms(A).unbind(-1)
-        return Norms(*rest, square.sqrt(), rows)
+        largest, skew, least, trace, square, rows = torch.ops.hyperinf.matrix_norms(A).unbind(-1)
+        return Norms(largest, skew, least, trace, square.sqrt(), rows)
     largest = torch.linalg.vector_norm(A, torch.inf, dim=(-2, -1)).double()
     skew = torch.linalg.vector_norm(A - A.mT, torch.inf, dim=(-2, -1)).double()
     diagonal = A.diagonal(dim1=-2, dim2=-1)

@@ -11,7 +11,7 @@ from .dispatch import call, explain
 from .inverses import Run, asked, power_of_two, scaled_to
 from .iteration import HELD, Iterate, as_dtype, chain, within_budget
 from .norms import norms_of
-from .schedule import plan_steps
+from .schedule import Step, plan_steps
 from .solve import (
     COARSE,
     MEASURED,
@@ -57,7 +57,8 @@ def _fused(
 ) -> Run:
     """All of one system in cache."""
     lowered = torch.zeros(len(A), dtype=torch.bool, device=A.device)
-    start, steps, scale = None, [], None
+    start, scale = None, None
+    steps: list[Step] = []
     if bounds is not None:
         A, scale, lower, upper = scaled_to(A, bounds)
         least = HELD * EPS32 * upper
