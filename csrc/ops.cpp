@@ -22,6 +22,9 @@ STABLE_TORCH_LIBRARY(hyperinf, m) {
   // Z P^T P, (4, D) in fp64
   m.def("combine_rows(Tensor X, Tensor P) -> Tensor");
   m.def("image_rows(Tensor Z, Tensor P) -> Tensor");
+  // X (n, s) fp64, rows of one dtype, fp32 or bf16, each (n_i, D) with unit column stride, n in all
+  // -> X^T P (s, D) and P P^T X (n, s), both fp64
+  m.def("row_sketch(Tensor X, Tensor[] rows) -> (Tensor, Tensor)");
   // delta (b, T, O), act (b, T, I) of one dtype, fp32 or bf16 (fp16 too on CUDA), with unit column
   // stride -> (b, O, I), (b), (b, m) for V (m, O, I) fp32, contiguous
   m.def("per_sample_grad(Tensor delta, Tensor act) -> Tensor");

@@ -104,6 +104,19 @@ struct SketchArgs {
   int64_t stride;
 };
 
+// A slice of the columns of rows: its sums with weights, or its dot products with those sums.
+struct SeenArgs {
+  const void* rows;  // (count, columns), unit column stride
+  RowType type;      // kFloat or kBf16
+  int64_t row_stride;
+  int64_t count;
+  int64_t columns;
+  const double* weights;  // (count, kSketchProbes)
+  double* total;          // (kSketchProbes, columns), added to where there are no dots
+  int64_t total_stride;
+  double* dots;  // (count, kSketchProbes), added to, or null
+};
+
 // thin^T wide of one sample: the gradient of a layer with one thin side.
 struct ThinArgs {
   RowType type;
@@ -190,6 +203,7 @@ struct Kernels {
   void (*gram_tile64)(const GramArgs&);  // sums in double, rows fp32, bf16 or fp64
   void (*combine_rows)(const SketchArgs&);
   void (*image_rows)(const SketchArgs&);
+  void (*seen_slice)(const SeenArgs&);
   void (*thin_product)(const ThinArgs&);
   double (*block_dot)(const float* x, int64_t x_stride, const float* y, int64_t y_stride,
                       int64_t rows, int64_t columns);

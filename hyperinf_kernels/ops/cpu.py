@@ -185,6 +185,21 @@ def image_rows(Z: Tensor, P: Tensor) -> Tensor:
     return torch.ops.hyperinf.image_rows(Z.contiguous(), P)
 
 
+def _refuse_row_sketch(metas: tuple[TensorMeta, ...]) -> str | None:
+    X, *rows = metas
+    if any(r.shape[-1] > 1 and r.stride[-1] != 1 for r in rows):
+        return "rows must have unit stride"
+    if len({r.dtype for r in rows}) > 1:
+        return "rows must have one dtype"
+    return unfit((X,), (torch.float64,)) or unfit(tuple(rows), ROWS)
+
+
+@implements("row_sketch", "cpu", _refuse_row_sketch)
+def row_sketch(X: Tensor, *rows: Tensor) -> tuple[Tensor, Tensor]:
+    total, image = torch.ops.hyperinf.row_sketch(X.contiguous(), list(rows))
+    return total, image
+
+
 def _refuse_factors(metas: tuple[TensorMeta, ...]) -> str | None:
     return unfit(metas, ROWS)
 

@@ -74,6 +74,11 @@ def combine_rows(X: Tensor, P: Tensor) -> Tensor:
     return X.new_empty(X.shape[1], P.shape[1])
 
 
+@fake("row_sketch")
+def row_sketch(X: Tensor, rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+    return X.new_empty((X.shape[1], rows[0].shape[1])), X.new_empty(X.shape)
+
+
 @fake("image_rows")
 def image_rows(Z: Tensor, P: Tensor) -> Tensor:
     return Z.new_empty(Z.shape)

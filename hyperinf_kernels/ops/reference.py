@@ -174,6 +174,24 @@ def image_rows(Z: Tensor, P: Tensor) -> Tensor:
     return out
 
 
+SKETCHED = 256  # columns of rows in fp64 at a time, so that they stay in cache
+
+
+@implements("row_sketch")
+def row_sketch(X: Tensor, *rows: Tensor) -> tuple[Tensor, Tensor]:
+    width, Xt = rows[0].shape[1], X.mT.contiguous()
+    total, image = X.new_empty(len(Xt), width), torch.zeros_like(Xt)
+    # fresh memory for every slice would cost more than the products
+    held = X.new_empty(len(X), min(width, SKETCHED))
+    for part in (slice(i, min(i + SKETCHED, width)) for i in range(0, width, SKETCHED)):
+        P = held[:, : part.stop - part.start]
+        for own, r in zip(P.split([len(r) for r in rows]), rows, strict=True):
+            own.copy_(r[:, part])
+        total[:, part] = Xt @ P
+        image.addmm_(total[:, part], P.mT)
+    return total, image.mT
+
+
 @implements("sherman_morrison")
 def sherman_morrison(V: Tensor, G: Tensor, lam: Tensor) -> Tensor:
     V, G, lam = _widen(V, G, lam)

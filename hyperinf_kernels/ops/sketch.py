@@ -5,6 +5,8 @@ Certificates are made of these sums: rows are widened as they are read, never co
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from . import checks
@@ -28,3 +30,14 @@ def image_rows(Z: Tensor, P: Tensor) -> Tensor:
         Z=Z, P=P,
     )  # fmt: skip
     return call("image_rows", (Z, P))
+
+
+def row_sketch(X: Tensor, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """X^T P (s, D) and P P^T X (n, s) in fp64 for X (n, s) fp64 and P in parts (n_i, D)."""
+    checks.floating(X=X, P=rows[0])
+    checks.agree(
+        X.ndim == 2 and len(X) == sum(map(len, rows)), "X (n, s) and P (n, D) must fit",
+        X=X, P=rows[0],
+    )  # fmt: skip
+    total, image = call("row_sketch", (X, *rows))
+    return total, image

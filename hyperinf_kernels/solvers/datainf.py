@@ -143,7 +143,7 @@ class DataInf(FlatSolver):
         by_gram = rows.n < rows.width and (name in self._grams or few)
         gram = self.gram(name) if by_gram else None
         # rounded norms would be no error that the check could see
-        weights = 1 / (rows.n * (lam + self.sketch(name).norms_sq))
+        weights = 1 / (rows.n * (lam + rows.squares()))
         B = L.double() * weights
         image = rows.image(B.to(dtype)) if gram is None else gram.image(B)
         S = ((image - L.double()) / lam).to(dtype)

@@ -49,7 +49,7 @@ class Seen:
         if self.own is not None:
             return sketch.image[self.own]
         if self._through is None or self._through[0] is not sketch:
-            parts = [V.double() @ sketch.rows for V in self.V.split(QUERIES)]
+            parts = [V.double() @ sketch.seen.mT for V in self.V.split(QUERIES)]
             self._through = (sketch, torch.cat(parts))
         return self._through[1]
 
@@ -63,8 +63,8 @@ class Sketch:
 
     def __init__(self, rows: GradientRows, X: Tensor) -> None:
         self.n, self.X = rows.n, X
-        # P^T X (D, s), K X (n, s), and while P is read anyway diag K (n,) to fp64
-        self.rows, self.image, self.norms_sq = rows.sketch(X)
+        # X^T P (s, D) and K X (n, s)
+        self.seen, self.image = rows.sketch(X)
 
     @staticmethod
     def by_signs(rows: GradientRows) -> Sketch:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..ops import gram_accumulate_, row_dots
 from ..ops.checks import accumulation_dtype
+from ..ops.sketch import row_sketch
 from .scratch import Scratch
 
 CHUNK_ROWS = 512
@@ -170,21 +171,18 @@ class GradientRows:
             image.addmm_(B @ P, P.mT)
         return dots, image
 
-    def sketch(self, X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """P^T X (D, s), P P^T X (n, s) and diag(P P^T) (n,) in fp64 and one reading of P.
+    def sketch(self, X: Tensor) -> tuple[Tensor, Tensor]:
+        """X^T P (s, D) and P P^T X (n, s) in fp64 and one reading of P.
 
         Args:
             X: (n, s) fp64, of few columns.
         """
-        Xt = X.mT.contiguous()
-        Yt = torch.empty(len(Xt), self.width, dtype=torch.float64, device=X.device)
-        image = torch.zeros(len(Xt), self.n, dtype=torch.float64, device=X.device)
-        norms_sq = torch.zeros(self.n, dtype=torch.float64, device=X.device)
-        for columns, P in self._wide_slices():
-            Yt[:, columns] = Xt @ P
-            image.addmm_(Yt[:, columns], P.mT)
-            norms_sq.add_(torch.linalg.vector_norm(P, dim=1).square())
-        return Yt.mT, image.mT, norms_sq
+        return row_sketch(X, self.parts())
+
+    def squares(self) -> Tensor:
+        """||row||^2 (n,) to fp64, which `squares` is not: weights of a closed form cancel."""
+        parts = [part for rows in self.parts() for part in rows.split(32)]
+        return torch.cat([part.double().square().sum(1) for part in parts])
 
     def _wide_slices(self) -> Iterator[tuple[slice, Tensor]]:
         """Columns of P in fp64, a slice at a time, in one buffer that the next slice reuses."""

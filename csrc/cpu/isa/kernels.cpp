@@ -3,6 +3,7 @@
 
 #include "hyperinf/gram.h"
 #include "hyperinf/row_products.h"
+#include "hyperinf/row_sketch.h"
 #include "hyperinf/schulz.h"
 #include "hyperinf/schulz_adaptive.h"
 #include "hyperinf/sherman_morrison.h"
@@ -62,6 +63,13 @@ static void image(const SketchArgs& a) {
     image_rows<float>(a);
 }
 
+static void seen(const SeenArgs& a) {
+  if (a.type == RowType::kBf16)
+    seen_slice<Bf16>(a);
+  else
+    seen_slice<float>(a);
+}
+
 static void thin(const ThinArgs& a) {
   if (a.type == RowType::kBf16)
     thin_product<Bf16>(a);
@@ -70,7 +78,7 @@ static void thin(const ThinArgs& a) {
 }
 
 const Kernels kTable = {kLanes,           slab,  dots, sums,      gram,   gram64,
-                        combine,          image, thin, block_dot, schulz, schulz_adaptive,
+                        combine,          image, seen, thin, block_dot, schulz, schulz_adaptive,
                         spd_inverse_lanes};
 
 }  // namespace hyperinf::HYPERINF_ISA
