@@ -278,29 +278,36 @@ def test_tokens_at_every_scale(kind: Any) -> None:
     assert off(merged.flatten(1), both.fit().apply({"a": query})["a"].flatten(1)) <= 1e-5
 
 
-@pytest.fixture
-def flushing() -> Any:
-    if not torch.set_flush_denormal(True):
-        pytest.skip("this processor cannot flush subnormal numbers to zero")
-    yield
-    torch.set_flush_denormal(False)
-
-
 TINY = {name: g * 1e-40 for name, g in TRAIN.items()}
 PART = {name: g * torch.logspace(0, -12, g.shape[2]) * 1e-28 for name, g in TRAIN.items()}
 
 
 @EVERY
-@pytest.mark.parametrize("rows", [TINY, PART], ids=["all", "some"])
 def test_numbers_that_the_processor_flushes_are_not_taken_for_zeros(
-    method: str, options: dict[str, Any], rows: Grads, flushing: None
+    method: str, options: dict[str, Any]
 ) -> None:
-    with pytest.raises(hk.InputError, match="block thin: its gradients hold subnormal numbers"):
-        hk.influence(rows, QUERY, method, hk.AbsoluteDamping(1e-60), **options)
-    scores = hk.influence(TRAIN, TINY, method, **options)
-    assert scores.certificate()["certified"] is False
-    mixed = {name: torch.cat([g, TRAIN[name]]) for name, g in TINY.items()}
-    assert hk.influence(mixed, QUERY, method, **options).certificate()["certified"]
+    query = times(QUERY, 1e-28)
+    want = hk.influence(PART, query, method, **options).values
+    assert torch.set_flush_denormal(True)
+    try:
+        got = hk.influence(PART, query, method, **options)
+        with pytest.raises(hk.InputError, match="block thin: .* rescale the loss"):
+            hk.influence(TINY, QUERY, method, hk.AbsoluteDamping(1e-60), **options)
+        small = hk.influence(TRAIN, TINY, method, **options)
+        mixed = {name: torch.cat([g, TRAIN[name]]) for name, g in TINY.items()}
+        whole = hk.influence(mixed, QUERY, method, **options)
+    finally:
+        torch.set_flush_denormal(False)
+    assert off(got.values, want) <= 1e-5
+    assert small.certificate()["certified"] is False
+    assert whole.certificate()["certified"]
+
+
+@EVERY
+def test_squares_that_leave_fp64_are_refused(method: str, options: dict[str, Any]) -> None:
+    train = {name: g.double() * 1e-200 for name, g in TRAIN.items()}
+    with pytest.raises(hk.InputError, match="block thin: .*count as zeros; rescale the loss"):
+        hk.influence(train, QUERY, method, hk.AbsoluteDamping(1e-60), **options)
 
 
 def test_ordinary_gradients_are_neither_copied_nor_scaled() -> None:

@@ -32,7 +32,7 @@ class BlockState:
 
     What is kept of the block is that of its gradients x 2^exponent (see `scaling`), `sum_square`
     and the solver's lambda too; `top` is the largest squared norm of a gradient as given. `hidden`:
-    some are zeros only because the processor flushes small numbers.
+    some count as zeros only because they are so small.
     """
 
     shape: tuple[int, int]
@@ -127,7 +127,7 @@ class Solver:
                     scaled = self.scaled(name, batch)
                     # zeros are rare, and where numbers are scaled up a few may be lost
                     if total == 0 or state.exponent > 0:
-                        state.hidden |= bool(hidden(batch, scaled).any())
+                        state.hidden |= bool(hidden(batch, None if total == 0 else scaled).any())
                     self._keep(name, scaled, copy and scaled is batch)
                     state.sum_square += total * state.unit
                     state.n += len(batch)
@@ -515,8 +515,8 @@ class Solver:
             check_range(name, state.top)
         if state.hidden and (state.top == 0 or state.exponent > 0):
             raise InputError(
-                f"block {name}: its gradients hold subnormal numbers, and this process flushes "
-                "them to zero (torch.set_flush_denormal); rescale the loss"
+                f"block {name}: its gradients hold numbers so small that they or their squares "
+                "count as zeros; rescale the loss"
             )
         lam = self._lambda(name, self._mean_eigenvalue(state))
         self.lambdas[name] = lam

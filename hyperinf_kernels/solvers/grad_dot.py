@@ -14,7 +14,7 @@ from .inputs import Gradients
 from .planning import SolvePlan, flat_work, plan
 from .report import Outcome
 from .rows import squares
-from .scaling import TINY
+from .scaling import TINY, Scaled
 
 
 class GradDot(Solver):
@@ -30,15 +30,14 @@ class GradDot(Solver):
         works = lambda r, d: flat_work(self.method, n, r * d, queries)  # noqa: E731
         return plan(shapes, n, queries, rates_of(device), works)
 
-    def apply(self, queries: Gradients) -> dict[str, Tensor]:
-        solved = super().apply(queries)
-        if solved:
-            reach = torch.stack([
-                (squares(W.flatten(1)) * self.blocks[name].top).sqrt()
-                for name, W in solved.items()
-            ]).amax(0)  # fmt: skip
-            refuse_lost((reach > 0) & (reach < TINY))
-        return solved
+    def check_queries(self, queries: Gradients) -> dict[str, Scaled]:
+        found = super().check_queries(queries)
+        reach = torch.stack([
+            (squares(V.values.flatten(1)) * self.blocks[name].top).sqrt()
+            for name, V in found.items()
+        ]).amax(0)  # fmt: skip
+        refuse_lost((reach > 0) & (reach < TINY))
+        return found
 
     def _solve(self, name: str, V: Tensor) -> tuple[Tensor, Outcome]:
         return V, Outcome(residual=0.0)
