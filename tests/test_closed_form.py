@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import hyperinf_kernels as hk
+from hyperinf_kernels.attribution.influence import fitted_scores, sum_blocks
 from hyperinf_kernels.integrations.datainf import IFEngine
 from hyperinf_kernels.ops import native
 from hyperinf_kernels.solvers.closed_form import Bounded, certified, probed, probes
@@ -207,8 +208,51 @@ def test_every_door_takes_the_path_that_reads_least(door: str) -> None:
     if native.missing() is None:
         assert {plan.backend for plan in log if plan.kernel.endswith(tuple(needed))} == {"cpu"}
     if door == "influence":
-        # norms of rows and queries where they are checked, then two readings of each block
-        assert ran == ["row_dots"] * 4 + ["row_dots", "span_dots"] * 2
+        # rows, with their dot products, and queries where they are checked; then one more reading
+        assert ran == ["row_dots"] * 4 + ["span_dots"] * 2
+
+
+def taken(method: str, parts: tuple[int, ...], early: bool, queries: dict[str, Tensor]) -> Tensor:
+    solver = hk.DataInf() if method == "datainf" else hk.GradDot()
+    solver.reset()
+    solver.foresee(queries if early else None)
+    cut = {name: grads.split(parts) for name, grads in TRAIN.items()}
+    for i in range(len(parts)):
+        solver.update({name: batches[i] for name, batches in cut.items()})
+    found = fitted_scores(solver.fit(), queries, cut, per_block=False)
+    return sum_blocks(found)
+
+
+@pytest.mark.parametrize("parts", [(90,), (13, 1, 76)])
+@pytest.mark.parametrize("method", ["datainf", "grad_dot"])
+def test_dots_taken_while_rows_arrive_are_those_taken_later(
+    method: str, parts: tuple[int, ...]
+) -> None:
+    for queries in (QUERY, {name: V.bfloat16() for name, V in QUERY.items()}):
+        early = taken(method, parts, True, queries)
+        assert torch.equal(early, taken(method, parts, False, queries))
+
+
+def test_dots_of_rows_that_were_refused_are_not_used() -> None:
+    """After an update that failed the rows are not those that were read."""
+    solver = hk.DataInf()
+    solver.foresee(QUERY)
+    bad = {name: grads.clone() for name, grads in TRAIN.items()}
+    bad["b"][7] = float("nan")
+    with pytest.raises(hk.InputError, match=r"block b.*row 7"):
+        solver.update(bad)
+    other = {name: grads.flip(0) for name, grads in TRAIN.items()}
+    solver.update(other)
+    want = hk.influence(other, QUERY, "datainf").values
+    assert torch.equal(sum_blocks(fitted_scores(solver.fit(), QUERY, {}, False)), want)
+
+
+def test_other_queries_than_foreseen_are_scored_as_themselves() -> None:
+    solver, other = hk.DataInf(), {name: V.flip(0).contiguous() for name, V in QUERY.items()}
+    solver.foresee(QUERY)
+    solver.update(TRAIN)
+    got = sum_blocks(solver.fit().scores(other))
+    assert torch.equal(got, hk.influence(TRAIN, other, "datainf").values)
 
 
 PEAK = """

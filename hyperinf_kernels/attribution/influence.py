@@ -56,6 +56,7 @@ def influence(
     solver = make_solver(method, damping, **method_options)
     solver.reset()
     start = time.perf_counter()
+    solver.foresee(query_grads)
     solver.update(train_grads, copy=False)
     if solver.second_pass:
         solver.revisit(train_grads)
@@ -66,6 +67,7 @@ def influence(
     panel = DensePanel(queries) if top_k is None else TopKPanel(queries, top_k)
     rows = {name: [grads] for name, grads in train_grads.items()}
     split = fitted_scores(solver, query_grads, rows, per_block)
+    solver.foresee(None)
     panel.add(ids, sum_blocks(split))
     return InfluenceScores(
         **panel.finish(),

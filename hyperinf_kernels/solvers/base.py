@@ -16,6 +16,7 @@ from ..ops.ambient import shielded
 from ..ops.checks import accumulation_dtype
 from .damping import DEFAULT_DAMPING, Damping, as_damping
 from .directions import Direction, Sight, norms, spread
+from .foreseen import Foreseen
 from .inputs import Gradients, check_shapes, not_finite, row_squares
 from .merging import check_mergeable
 from .planning import SolvePlan
@@ -70,6 +71,7 @@ class Solver:
     needs_damping: ClassVar[bool] = True
     closed_form: ClassVar[bool] = False  # `residual` is the relative error of W itself
     scale_free: bool = True  # whether a block's scale cancels, so that it may be worked on in range
+    takes_dots: ClassVar[bool] = False  # scores follow from the rows' dots with the queries
     second_pass: bool = False  # whether fit needs every training gradient once more, by `revisit`
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -89,6 +91,15 @@ class Solver:
         self.blocks: dict[str, BlockState] = {}
         self.lambdas: dict[str, float] = {}  # in the units of the block; reports have the true ones
         self._reports: dict[str, BlockReport] = {}
+        self._foreseen: Foreseen | None = None
+
+    def foresee(self, queries: Gradients | None) -> None:
+        """Queries {block: (m, r, d)} that will be scored against the rows of the updates to come.
+
+        Methods that need dot products of the two take them in the reading that checks the rows.
+        None: forget them again.
+        """
+        self._foreseen = Foreseen(queries) if queries is not None and self.takes_dots else None
 
     def options(self) -> dict[str, Any]:
         """The constructor's options besides damping, as plain values."""
@@ -113,7 +124,13 @@ class Solver:
         """
         check_shapes(grads, {name: s.shape for name, s in self.blocks.items()}, "train")
         # all blocks are checked before any of them is taken in
-        sizes = {name: row_squares(name, batch, "train", self.n) for name, batch in grads.items()}
+        seen = self._foreseen
+        sizes = {
+            name: row_squares(
+                name, batch, "train", self.n, None if seen is None else seen.take(name, batch)
+            )
+            for name, batch in grads.items()
+        }
         # what is kept must not keep the graph that it came from
         grads = {name: batch.detach() for name, batch in grads.items()}
         self.lambdas = {}
@@ -215,6 +232,10 @@ class Solver:
     ) -> tuple[Tensor, Outcome]:
         """Scores (m, n) in the units of the block as they are for the gradients given."""
         return self._delivered(name, S, V, self.blocks[name].exponent, outcome)
+
+    def foreseen_scores(self, name: str, V: Scaled) -> Tensor | None:
+        """Scores (m, n) of all fitted rows, where they were taken while these arrived."""
+        return None
 
     def scores_by_rows(
         self, name: str, V: Tensor, batches: Sequence[Tensor]

@@ -40,6 +40,7 @@ class DataInf(FlatSolver):
     """
 
     method = "datainf"
+    takes_dots = True
 
     def _solve(self, name: str, V: Tensor) -> tuple[Tensor, Outcome]:
         flat = V.flatten(1)
@@ -57,6 +58,8 @@ class DataInf(FlatSolver):
     ) -> tuple[Tensor, Outcome, float | None]:
         rows, lam = self.rows[name], self.lambdas[name]
         few = rows.n < min(rows.width, GRAM_PAYS * len(V)) and self.check == "bound"
+        if few and seen is None and (taken := self._taken(name, V)) is not None:
+            seen = Seen(rows, V, taken[0].mT.to(V.dtype).contiguous())
         if seen is not None or few or not len(V):
             return super()._scores(name, V, seen)
         dots: list[Tensor] = []
@@ -91,9 +94,15 @@ class DataInf(FlatSolver):
 
     def _weights(self, name: str, V: Tensor) -> Weights:
         rows, lam = self.rows[name], self.lambdas[name]
-        dots, norms_sq = row_dots(rows.parts(), V)
+        dots, norms_sq = self._taken(name, V) or row_dots(rows.parts(), V)
         w = 1 / (rows.n * (lam + norms_sq))
         return Weights(dots * w[:, None], dots, norms_sq, float(w @ norms_sq))
+
+    def _taken(self, name: str, V: Tensor) -> tuple[Tensor, Tensor] | None:
+        """What `row_dots` gives, where it was taken while the rows arrived."""
+        if self._foreseen is None or self.blocks[name].exponent:
+            return None
+        return self._foreseen.dots(name, V, self.rows[name].n)
 
     def _rounding(self, name: str, V: Tensor, weights: Weights, sizes_sq: Tensor) -> Tensor:
         """A bound of ||dW_q||, (m,); infinite where fp32 may have lost small numbers.

@@ -23,6 +23,7 @@ class GradDot(Solver):
     method = "grad_dot"
     needs_damping = False
     scale_free = False
+    takes_dots = True
 
     def plan(
         self, shapes: Mapping[str, tuple[int, int]], n: int, queries: int, device: str = "cpu"
@@ -41,6 +42,12 @@ class GradDot(Solver):
 
     def _solve(self, name: str, V: Tensor) -> tuple[Tensor, Outcome]:
         return V, Outcome(residual=0.0)
+
+    def foreseen_scores(self, name: str, V: Scaled) -> Tensor | None:
+        if self._foreseen is None:
+            return None
+        taken = self._foreseen.dots(name, V.values.flatten(1), self.blocks[name].n)
+        return None if taken is None else -taken[0].mT.to(V.values.dtype)
 
     def _half(self, name: str, V: Tensor) -> Tensor:
         return V.flatten(1)

@@ -73,13 +73,15 @@ def _refuse_unusual(name: str, batch: Tensor, role: str) -> None:
         )
 
 
-def row_squares(name: str, batch: Tensor, role: str, first_row: int = 0) -> Tensor:
-    """||row||^2 (B,) in fp64 to about 1e-7, whatever the scale.
+def row_squares(
+    name: str, batch: Tensor, role: str, first_row: int = 0, known: Tensor | None = None
+) -> Tensor:
+    """||row||^2 (B,) in fp64 to about 1e-6, whatever the scale; `known`: by `row_dots`.
 
     Raises:
         InputError: NaN or inf, naming the block and the row.
     """
-    sizes = squares(batch.flatten(1))
+    sizes = squares(batch.flatten(1), known)
     if not math.isfinite(float(sizes.sum())):
         check_finite(name, batch, role, first_row)
     return sizes

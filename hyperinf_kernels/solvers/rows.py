@@ -206,11 +206,16 @@ class GradientRows:
         return self._chunks[0] if len(self._chunks) == 1 else torch.cat(self._chunks)
 
 
-def squares(rows: Tensor) -> Tensor:
-    """||row||^2 (B,) of rows (B, D) in fp64 to about 1e-6, whatever the scale; NaN and inf stay."""
+def squares(rows: Tensor, known: Tensor | None = None) -> Tensor:
+    """||row||^2 (B,) of rows (B, D) in fp64 to about 1e-6, whatever the scale; NaN and inf stay.
+
+    `known`: the same by `row_dots`, to be mended in place where it left the range of fp32.
+    """
     if not len(rows):
         return rows.new_zeros(0, dtype=torch.float64)
-    found = row_dots([rows.detach()], rows.new_empty(0, rows.shape[1]))[1]
+    found = known
+    if found is None:
+        found = row_dots([rows.detach()], rows.new_empty(0, rows.shape[1]))[1]
     if rows.dtype != torch.float64:
         # squares of fp32 that may have left its range
         lost = torch.nonzero((found < LEAST_SQUARE) | ~torch.isfinite(found)).flatten()

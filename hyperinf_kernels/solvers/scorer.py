@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..ops import gram_accumulate_
+from ..ops import row_dots
 from ..ops.checks import accumulation_dtype
 from ..ops.sketch import combine_rows
 from .base import Solver
@@ -134,7 +134,9 @@ def row_scores(
         batches = [solver.scaled(name, batch) for batch in rows[name]]
         checked = solver.check != "off" and direction.doubt is not None and len(V.values) > 0
         tally = BlockTally(direction) if checked else None
-        S = torch.cat([_scores(direction.W, batch, tally) for batch in batches], dim=1)
+        S = solver.foreseen_scores(name, V) if tally is None else None
+        if S is None:
+            S = torch.cat([_scores(direction.W, batch, tally) for batch in batches], dim=1)
         outcome = direction.outcome
         if tally is not None:
             outcome = tally.judged()
@@ -178,8 +180,7 @@ def fine_scores(direction: Direction, batches: Sequence[Tensor]) -> tuple[Tensor
 
 def _scores(W: Tensor, batch: Tensor, tally: BlockTally | None) -> Tensor:
     W, P = W.flatten(1), batch.flatten(1)
-    S = torch.zeros(len(W), len(P), dtype=accumulation_dtype(W, P), device=P.device)
-    gram_accumulate_(S, W, P).neg_()
+    S = -row_dots([P], W)[0].mT.to(accumulation_dtype(W, P))
     if tally is not None and len(P):
         X = tally.probes(len(P))
         tally.add(S, X, combine_rows(X, P))

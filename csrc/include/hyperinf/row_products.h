@@ -98,15 +98,13 @@ static inline void fetch(const Row* p, int64_t numbers) {
 
 // A run of the rows as floats in `wide`: rows whose distance is a power of two share few sets of a
 // cache, and bf16 is widened once for all queries. Rows of floats for few queries stay where they
-// are. What comes next is fetched meanwhile.
+// are.
 template <class Row>
 static inline void float_rows(const DotArgs& a, int64_t column, int64_t vectors, float* wide,
                               const float** rows) {
   const Row* const G = static_cast<const Row*>(a.rows) + column;
-  const int64_t ahead = smaller(kRunColumns, a.ahead - column - kRunColumns);
   for (int64_t r = 0; r < a.count; ++r) {
     const Row* const from = G + r * a.row_stride;
-    if (ahead > 0) fetch(from + kRunColumns, ahead);
     if constexpr (sizeof(Row) == sizeof(float))
       if (a.n_queries < kCopied) {
         rows[r] = from;
@@ -147,8 +145,16 @@ static void dot_block(const DotArgs& a) {
             norm_run<kTileRows>(rows + r, vectors, first, squares + r);
           for (; r < a.count; ++r) norm_run<1>(rows + r, vectors, first, squares + r);
         }
-        int64_t q = 0;
+        // of the run that comes next, each tile of queries fetches its share of the rows
+        const int64_t ahead = smaller(kRunColumns, a.ahead - c - kRunColumns);
+        int64_t q = 0, fetched = 0;
+        const auto fetch_until = [&](int64_t row) {
+          for (; ahead > 0 && fetched < row; ++fetched)
+            fetch(G + fetched * a.row_stride + c + kRunColumns, ahead);
+        };
+        if (n == 0) fetch_until(a.count);
         const auto tile = [&]<int Q>() {
+          fetch_until((q + Q) * a.count / n);
           dot_rows_run<Q>(rows, a.count, place(c) + q * kQueryBlock, vectors, first,
                           reinterpret_cast<Vec(*)[kGroup]>(&sums[0][q]));
           q += Q;
@@ -208,12 +214,13 @@ static inline void sum_tile(const float* panel, const float* weights, int64_t st
 
 template <class Row>
 static inline void pack_panel(const Row* G, int64_t stride, int64_t rows, int64_t columns,
-                              float* panel) {
+                              bool more, float* panel) {
   for (int64_t r = 0; r < rows; ++r) {
     const Row* const from = G + r * stride;
     float* to = panel + r * kPair2;
     int64_t k = 0;
     for (; k + kPair2 <= columns; k += kPair2, to += kSliver) {
+      if (more) fetch(from + kPanelRows * stride + k, kPair2);
       store(to, load(from + k));
       store(to + kLanes, load(from + k + kLanes));
     }
@@ -231,10 +238,12 @@ static void sum_slice(const SumArgs& a) {
     // a few panels in fp32, then fp64
     for (int p = 0; p < kPanels && start < a.count; ++p, start += kPanelRows) {
       const int64_t rows = smaller(kPanelRows, a.count - start);
-      pack_panel(G + start * a.row_stride, a.row_stride, rows, a.columns, a.panel);
+      const Row* const first = G + start * a.row_stride;
+      // the next panel is fetched while this one is packed, or by the first queries of many
+      const bool more = start + rows + kPanelRows <= a.count, many = n >= kCopied;
+      pack_panel(first, a.row_stride, rows, a.columns, more && !many, a.panel);
       const float* const weights = a.weights + start * n;
-      const Row* const after =
-          start + rows + kPanelRows <= a.count ? G + (start + kPanelRows) * a.row_stride : nullptr;
+      const Row* const after = more && many ? first + kPanelRows * a.row_stride : nullptr;
       for (int64_t q = 0; q < n;) {
         const auto tile = [&]<int Q>() {
           for (int64_t k = 0; k < padded; k += kPair2)
