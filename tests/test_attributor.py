@@ -447,3 +447,18 @@ def test_the_precision_of_gradients_is_told_beside_the_certificate(dtype: torch.
     assert all(p.dtype == dtype for p in model.parameters())
     exact = hk.Attributor(models.llama()).fit(TRAIN).score(QUERY)
     assert exact.meta["gradients"] == {"dtype": "float32"}
+
+
+def test_a_pool_of_an_fp16_model_is_certified_although_passes_are_repeated() -> None:
+    """Losses so large that the first scale overflows: what that pass saw is forgotten."""
+    model = models.llama().half()
+
+    def loss(m: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return hk.CausalLM()(m, batch) * 2.0**8
+
+    attributor = hk.Attributor(model, loss=loss).fit(TRAIN)
+    scores = attributor.score(QUERY, list(TRAIN))
+    kept = attributor.score(QUERY)
+    scale = float(kept.values.abs().max())
+    assert torch.allclose(scores.values, kept.values, rtol=1e-3, atol=1e-4 * scale)
+    assert scores.certificate()["certified"]
