@@ -21,7 +21,8 @@ _HOMES = {
         "Exact", "GradDot", "GramEngine", "GramScores", "HyperINF", "KFAC", "LiSSA", "TraceDamping",
     ),
     "gradients": (
-        "CausalLM", "SequenceClassification", "TokenClassification", "per_sample_gradients",
+        "CausalLM", "MaskedLM", "Seq2SeqLM", "SequenceClassification", "TokenClassification",
+        "per_sample_gradients",
     ),
     "attribution": ("Attributor", "InfluenceScores", "influence"),
     "errors": ("InputError",),

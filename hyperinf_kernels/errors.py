@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["InputError", "printable"]
+__all__ = ["BadRowError", "InputError", "printable"]
 
 
 class InputError(ValueError):
@@ -11,6 +11,19 @@ class InputError(ValueError):
     The message is one plain line that says what is wrong and where. The command line prints it
     and exits with code 2, without a traceback; anything else that is raised is a bug of ours.
     """
+
+
+class BadRowError(InputError):
+    """One row of a batch cannot be used; whoever reads the stream knows its number and id.
+
+    Args:
+        row: its place in the batch.
+        what: what is wrong, after "row 3 of the batch ...".
+    """
+
+    def __init__(self, row: int, what: str) -> None:
+        super().__init__(f"row {row} of the batch {what}")
+        self.row, self.what = row, what
 
 
 def printable(text: str) -> str:

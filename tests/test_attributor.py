@@ -183,7 +183,7 @@ def test_a_bad_row_of_a_pool_is_named() -> None:
     attributor = hk.Attributor(
         Mixed(), loss=burst, blocks=r"head\.weight", damping=hk.AbsoluteDamping(0.1)
     ).fit([named(*[False] * 6)])
-    with pytest.raises(hk.InputError, match=r"head\.weight: the gradient of batch row 4"):
+    with pytest.raises(hk.InputError, match=r"train row 4 .*block head\.weight"):
         attributor.score([named(False)], [named(False, False), named(False, False, True)])
 
 
@@ -302,9 +302,163 @@ def test_nan_weights_are_refused_by_name(where: str) -> None:
         hk.Attributor(model)
 
 
-def test_shuffled_loader_without_ids_warns() -> None:
-    from torch.utils.data import DataLoader
+def rows_of(count: int) -> list[dict[str, Tensor]]:
+    return [{k: v[i] for k, v in TRAIN[2].items()} for i in range(count)]
 
-    rows = [{k: v[i] for k, v in batch.items()} for batch in TRAIN[2:3] for i in range(10)]
+
+@pytest.mark.parametrize("kind", ["shuffle", "subset", "weighted", "batches"])
+def test_a_loader_that_may_reorder_without_ids_warns(kind: str) -> None:
+    from torch.utils import data
+
+    rows = rows_of(8)
+    options = {
+        "shuffle": {"shuffle": True, "batch_size": 4},
+        "subset": {"sampler": data.SubsetRandomSampler(range(8)), "batch_size": 4},
+        "weighted": {"sampler": data.WeightedRandomSampler([1.0] * 8, 8), "batch_size": 4},
+        "batches": {
+            "batch_sampler": data.BatchSampler(data.RandomSampler(rows), 4, drop_last=False)
+        },
+    }
     with pytest.warns(UserWarning, match="shuffles"):
-        hk.Attributor(models.llama()).fit(DataLoader(rows, batch_size=4, shuffle=True))
+        hk.Attributor(models.llama()).fit(data.DataLoader(rows, **options[kind]))
+
+
+def test_a_loader_in_order_does_not_warn() -> None:
+    import warnings
+
+    from torch.utils import data
+
+    class Stream(data.IterableDataset):
+        def __iter__(self):
+            return iter(rows_of(8))
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*shuffles.*")
+        for rows in (rows_of(8), Stream()):
+            hk.Attributor(models.llama()).fit(data.DataLoader(rows, batch_size=4))
+
+
+def spoiled() -> list[dict[str, object]]:
+    """Three named batches; a row of the second has no label."""
+    batches = [dict(batch) for batch in TRAIN[:3]]
+    for k, batch in enumerate(batches):
+        batch["id"] = [f"{k}-{i}" for i in range(len(batch["labels"]))]
+        batch["labels"] = batch["labels"].clone()
+    batches[2]["labels"][3] = -100
+    return batches
+
+
+@pytest.mark.parametrize("method", ["hyperinf", "datainf", "kfac"])
+def test_a_bad_row_is_named_or_left_out(method: str) -> None:
+    model, data = models.llama(), spoiled()
+    with pytest.raises(hk.InputError, match=r"train row 11 \(id '2-3'\) has no answer token"):
+        hk.Attributor(model, method=method).fit(data)
+    attributor = hk.Attributor(model, method=method, on_bad_row="skip").fit(data)
+    scores = attributor.score(QUERY)
+    assert scores.meta["skipped"] == [
+        {"stage": "train", "row": 11, "id": "2-3", "what": "has no answer token to score"}
+    ]
+    kept = [
+        {k: [x for i, x in enumerate(v) if i != 3] if k == "id" else
+         torch.cat([v[:3], v[4:]]) for k, v in batch.items()} if batch is data[2] else batch
+        for batch in data
+    ]  # fmt: skip
+    want = hk.Attributor(model, method=method).fit(kept).score(QUERY)
+    assert scores.ids == want.ids
+    assert torch.allclose(
+        scores.values, want.values, rtol=1e-3, atol=1e-4 * float(want.values.abs().max())
+    )
+    data[0]["labels"][:] = -100
+    data[1]["labels"][:] = -100
+    again = hk.Attributor(model, method=method, on_bad_row="skip").fit(data)
+    assert again.train_ids == [f"2-{i}" for i in range(10) if i != 3]
+    assert len(again.skipped) == 9
+
+
+def test_a_bad_row_that_cannot_be_cut_is_not_skipped() -> None:
+    def loss(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return mixed_loss(model, batch) / batch["scale"]
+
+    data = {"x": torch.randint(0, 11, (3, 5)), "scale": torch.tensor([1.0, 0.0, 1.0])}
+    attributor = hk.Attributor(Mixed(), loss=loss, blocks="head.weight", on_bad_row="skip")
+    with pytest.raises(hk.InputError, match="cannot be skipped.*one_row"):
+        attributor.fit([data])
+    cut = hk.Attributor(
+        Mixed(), loss=loss, blocks="head.weight", on_bad_row="skip", method="grad_dot",
+        one_row=lambda batch, i: {k: v[i : i + 1] for k, v in batch.items() if k != "id"},
+    )  # fmt: skip
+    assert cut.fit([data | {"id": [5, 6, 7]}]).skipped[0].row == 1
+    with pytest.raises(ValueError, match="on_bad_row must be error or skip"):
+        hk.Attributor(Mixed(), loss=loss, blocks="head.weight", on_bad_row="drop")
+
+
+@pytest.mark.parametrize("part", ["lora_A.default.weight", "embed_tokens.weight"])
+def test_other_weights_than_the_fitted_ones_are_refused(part: str, tmp_path: Path) -> None:
+    model = models.llama()
+    hk.Attributor(model).fit(TRAIN).save(tmp_path / "fitted")
+    hk.Attributor.load(tmp_path / "fitted", models.llama())
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if part in n).mul_(1.001)
+    what = "attributed weights" if "lora" in part else "base weights"
+    with pytest.raises(hk.InputError, match=f"other {what} than these.*insist"):
+        hk.Attributor.load(tmp_path / "fitted", model)
+    hk.Attributor.load(tmp_path / "fitted", model, insist=True)
+
+
+def test_another_tokenizer_than_the_fitted_one_is_refused(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+    from tokenizers import models as words
+    from transformers import PreTrainedTokenizerFast
+
+    def tokenizer(second: str) -> PreTrainedTokenizerFast:
+        known = words.WordLevel({"a": 0, second: 1}, unk_token="a")
+        return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(known), unk_token="a")
+
+    model = models.llama()
+    hk.Attributor(model).fit(TRAIN).save(tmp_path / "fitted", tokenizer=tokenizer("b"))
+    hk.Attributor.load(tmp_path / "fitted", model, tokenizer=tokenizer("b"))
+    with pytest.raises(hk.InputError, match="other tokenizer than"):
+        hk.Attributor.load(tmp_path / "fitted", model, tokenizer=tokenizer("c"))
+
+
+@pytest.mark.parametrize("method", ["grad_dot", "datainf", "hyperinf", "exact", "ekfac"])
+def test_scores_keep_no_graph(method: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    train = {"a": torch.randn(9, 4, 20, requires_grad=True)}
+    query = {"a": torch.randn(3, 4, 20, requires_grad=True)}
+    scores = hk.influence(train, query, method=method, per_block=True)
+    assert not scores.values.requires_grad
+    assert not scores.per_block["a"].requires_grad
+    scores.to_parquet(tmp_path / "scores.parquet")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_precision_of_gradients_is_told_beside_the_certificate(dtype: torch.dtype) -> None:
+    model = models.llama().to(dtype)
+    scores = hk.Attributor(model).fit(TRAIN).score(QUERY)
+    said = scores.meta["gradients"]
+    wide = models.llama().to(dtype).float()
+    got, want = (hk.per_sample_gradients(m, TRAIN[0]) for m in (model, wide))
+    off = sum(float((got[n][0] - want[n][0]).square().sum()) for n in want)
+    whole = sum(float(want[n][0].square().sum()) for n in want)
+    assert said["dtype"] == str(dtype).removeprefix("torch.")
+    assert said["first row"] == pytest.approx((off / whole) ** 0.5, rel=1e-2)
+    assert 1e-5 < said["first row"] < 0.2
+    assert all(p.dtype == dtype for p in model.parameters())
+    exact = hk.Attributor(models.llama()).fit(TRAIN).score(QUERY)
+    assert exact.meta["gradients"] == {"dtype": "float32"}
+
+
+def test_a_pool_of_an_fp16_model_is_certified_although_passes_are_repeated() -> None:
+    """Losses so large that the first scale overflows: what that pass saw is forgotten."""
+    model = models.llama().half()
+
+    def loss(m: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return hk.CausalLM()(m, batch) * 2.0**8
+
+    attributor = hk.Attributor(model, loss=loss).fit(TRAIN)
+    scores = attributor.score(QUERY, list(TRAIN))
+    kept = attributor.score(QUERY)
+    scale = float(kept.values.abs().max())
+    assert torch.allclose(scores.values, kept.values, rtol=1e-3, atol=1e-4 * scale)
+    assert scores.certificate()["certified"]

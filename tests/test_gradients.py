@@ -217,7 +217,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant: bool) -> Non
     layer = model.get_base_model().model.layers[0]
     forwards = []
     layer.self_attn.register_forward_hook(lambda *args: forwards.append(1))
-    got = hk.per_sample_gradients(model, models.text_batch("right"))
+    got = hk.per_sample_gradients(model, models.text_batch("right"), check=False)
     assert len(forwards) == 2, "the layer was not recomputed, so nothing was checkpointed"
     assert_same(got, plain)
 
@@ -291,7 +291,7 @@ def test_no_gradient_of_a_weight_is_ever_computed() -> None:
     for name, p in model.named_parameters():
         p.requires_grad_(True)
         p.register_hook(lambda grad, name=name: touched.append(name))
-    hk.per_sample_gradients(model, models.text_batch("right"))
+    hk.per_sample_gradients(model, models.text_batch("right"), check=False)
     assert touched == []
     loss = hk.CausalLM()(model, models.text_batch("right")).sum()
     loss.backward()
@@ -303,7 +303,7 @@ def test_head_runs_only_where_a_label_is() -> None:
     seen = []
     head = model.get_output_embeddings()
     handle = head.register_forward_hook(lambda m, args, out: seen.append(out.shape[:-1].numel()))
-    hk.per_sample_gradients(model, batch, loss=hk.CausalLM("answer"))
+    hk.per_sample_gradients(model, batch, loss=hk.CausalLM("answer"), check=False)
     handle.remove()
     assert seen == [int((batch["labels"][:, 1:] != -100).sum())]
 
@@ -312,7 +312,6 @@ def test_head_runs_only_where_a_label_is() -> None:
     ("blocks", "change", "message"),
     [
         ("lora", lambda: models.Net(), "no LoRA layer"),
-        ("lora", lambda: models.llama(use_dora=True), "DoRA|Dora"),
         ("lora", lambda: two_adapters(), "2 adapters are active"),
         ("lora", lambda: merged(), "merged"),
         ("nothing_like_this", lambda: models.llama(), "matches none"),
@@ -320,7 +319,7 @@ def test_head_runs_only_where_a_label_is() -> None:
         (["lm_heat.weight"], lambda: models.llama(), "no parameter 'lm_heat.weight'.*lm_head"),
         ([], lambda: models.llama(), "empty"),
     ],
-    ids=["no-lora", "dora", "two-adapters", "merged", "no-match", "bad-regex", "typo", "empty"],
+    ids=["no-lora", "two-adapters", "merged", "no-match", "bad-regex", "typo", "empty"],
 )
 def test_unsupported_blocks_have_one_clear_error(blocks, change, message: str) -> None:
     with pytest.raises(hk.InputError, match=message):
@@ -358,7 +357,7 @@ def test_errors_name_the_row_and_the_block() -> None:
 
         return loss
 
-    with pytest.raises(hk.InputError, match="loss of row 3 is nan"):
+    with pytest.raises(hk.InputError, match="row 3 of the batch has loss nan"):
         hk.per_sample_gradients(model, batch, loss=spoiled(float("nan")))
 
     class Burst(torch.autograd.Function):
@@ -375,7 +374,7 @@ def test_errors_name_the_row_and_the_block() -> None:
     def burst(m: nn.Module, b: dict[str, Tensor]) -> Tensor:
         return Burst.apply(hk.CausalLM("all")(m, b))
 
-    with pytest.raises(hk.InputError, match=r"block .*lora_A.*row 1 holds NaN or inf"):
+    with pytest.raises(hk.InputError, match=r"row 1 of the batch .*NaN or inf .block .*lora_A"):
         hk.per_sample_gradients(model, batch, loss=burst)
 
 

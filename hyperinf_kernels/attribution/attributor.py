@@ -6,25 +6,28 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..gradients import Loss, find_blocks, make_loss
+from ..gradients import Loss, OneRow, find_blocks, make_loss
+from ..gradients.adapters import left_out
 from ..gradients.capture import TokenSink
 from ..gradients.losses import described
 from ..gradients.tokens import check_token_factors
 from ..solvers import KFAC, BlockReport, Damping, FlatSolver, GradientRows, Solver, make_solver
 from ..solvers.scorer import Scorer
 from . import saved
+from .fingerprints import check_fingerprints, fingerprints
 from .influence import fitted_scores, sum_blocks
 from .scores import DensePanel, Id, InfluenceScores, TopKPanel
 from .stream import (
     GradientCache,
     Gradients,
     Progress,
+    Skipped,
     block_shapes,
     cached_chunks,
     check_weights,
@@ -44,8 +47,9 @@ class Attributor:
 
     Args:
         model: any module; given back unchanged after every call.
-        loss: "causal_lm", "sequence_classification", "token_classification", or a callable
-            `loss(model, batch) -> (B,)`.
+        loss: "causal_lm", "masked_lm", "seq2seq_lm", "sequence_classification",
+            "token_classification", or a callable `loss(model, batch) -> (B,)`. A built-in loss is
+            compared with the model's own on the first batch of `fit` and of `score`.
         blocks: "lora", a regular expression, or a list of parameter names.
         method: "hyperinf", "datainf", "lissa", "cg", "exact", "kfac", "ekfac", "grad_dot", or a
             solver object.
@@ -55,6 +59,11 @@ class Attributor:
         cache_bytes: memory for training gradients between fit and score; None: a quarter of what
             is free. A method that needs all gradients (DataInf, LiSSA, exact) keeps them anyway.
         progress: called as `progress(stage, done, total)` after every batch.
+        one_row: `one_row(batch, i)` gives row i of a batch alone, as the collate function would,
+            for the checks of a first batch. None: text is cut by its columns' names, and the
+            checks of other batches do without.
+        on_bad_row: what happens to a row without a label, or whose loss or gradient is NaN or inf:
+            "error", or "skip", which lists it in `skipped` and in the scores' meta and goes on.
         **method_options: of the solver, such as `mode="paper"`.
 
     Raises:
@@ -74,6 +83,8 @@ class Attributor:
         dtype: torch.dtype | None = None,
         cache_bytes: int | None = None,
         progress: Progress | None = None,
+        one_row: OneRow | None = None,
+        on_bad_row: Literal["error", "skip"] = "error",
         **method_options: Any,
     ) -> None:
         if dtype not in (None, torch.float32, torch.bfloat16):
@@ -88,6 +99,12 @@ class Attributor:
         self.shapes = block_shapes(self.blocks)
         check_weights(model)
         self.dtype, self.cache_bytes, self.progress = dtype, cache_bytes, progress
+        if on_bad_row not in ("error", "skip"):
+            raise ValueError(f"on_bad_row must be error or skip, got {on_bad_row!r}")
+        self.one_row = one_row
+        self.skipped: list[Skipped] | None = [] if on_bad_row == "skip" else None
+        missing = left_out(model, self.shapes) if blocks == "lora" else None
+        self.facts: dict[str, Any] = {} if missing is None else {"left out": missing}
         self.train_ids: list[Id] = []
         self._fitted: Iterable[Any] | None = None
         self._cache: GradientCache | None = None
@@ -178,6 +195,8 @@ class Attributor:
                 "damping": str(self.solver.damping),
                 "loss": str(self.loss),
                 "seconds": dict(self.seconds),
+                **self.facts,
+                **({"skipped": [row._asdict() for row in self.skipped]} if self.skipped else {}),
             },
         )
 
@@ -198,8 +217,11 @@ class Attributor:
         """One entry per block, over everything applied since `fit`."""
         return self.solver.report()
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
+    def save(self, folder: str | os.PathLike[str], *, tokenizer: Any = None) -> None:
         """Write the fitted solver as safetensors and JSON; the folder must not exist yet.
+
+        Args:
+            tokenizer: the one that made the rows, so that `load` can tell another.
 
         Raises:
             InputError: not fitted, or the folder exists.
@@ -215,6 +237,7 @@ class Attributor:
             "blocks": {name: list(shape) for name, shape in self.shapes.items()},
             "train_ids": self.train_ids,
             "solver": meta,
+            "fingerprints": fingerprints(self.model, self.shapes, tokenizer),
         }
         saved.write(Path(folder), document, tensors)
 
@@ -226,15 +249,19 @@ class Attributor:
         *,
         loss: str | Loss | None = None,
         progress: Progress | None = None,
+        tokenizer: Any = None,
+        insist: bool = False,
     ) -> Attributor:
         """A saved attributor for the same model.
 
         Args:
             loss: needed when the saved one was a callable.
+            tokenizer: compared with the one given to `save`.
+            insist: take another adapter, base model or tokenizer than the fitted ones.
 
         Raises:
-            InputError: no saved attributor there, another format, blocks that do not fit, or
-                another loss than the saved one.
+            InputError: no saved attributor there, another format, blocks that do not fit, another
+                loss than the saved one, or other weights or another tokenizer.
         """
         source = Path(folder)
         document, tensors = saved.read(source)
@@ -257,6 +284,9 @@ class Attributor:
                     f"block {name} is {attributor.shapes[name]} in this model, {tuple(shape)} in "
                     f"{source}"
                 )
+        if not insist:
+            known = document.get("fingerprints", {})
+            check_fingerprints(known, fingerprints(model, names, tokenizer), str(source))
         device = next(model.parameters()).device
         tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
         attributor.solver.restore(tensors, document["solver"])
@@ -273,7 +303,17 @@ class Attributor:
         tokens: TokenSink | None = None,
     ) -> Iterator[tuple[list[Id], Gradients]]:
         return gradient_batches(
-            self.model, loader, self.loss, self.blocks, stage, self.progress, verify, tokens
+            self.model,
+            loader,
+            self.loss,
+            self.blocks,
+            stage,
+            self.progress,
+            verify,
+            tokens,
+            self.one_row,
+            self.skipped,
+            self.facts,
         )
 
     def _scored(
@@ -298,7 +338,7 @@ class Attributor:
         # what is read again is scored as it is read
         yield from score_batches(
             self.model, self._readable(loader), self.loss, self.blocks, scorer.applied,
-            self.progress, scorer,
+            self.progress, scorer, self.one_row, self.skipped,
         )  # fmt: skip
         scorer.certify()
         self.seconds["score"] = time.perf_counter() - start

@@ -5,23 +5,27 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import RandomSampler
+from torch.utils.data import BatchSampler, SequentialSampler
 
-from ..errors import InputError
+from ..errors import BadRowError, InputError
 from ..gradients import (
     Block,
     Loss,
+    OneRow,
     batch_dots,
     batch_gradients,
+    check_own_loss,
     prepared,
     verify_first_batch,
 )
 from ..gradients.blocks import block_parameters
 from ..gradients.capture import Probes, TokenSink, move
+from ..gradients.precision import precision_of
+from ..gradients.rows import row_cutter
 from ..solvers import GradientRows
 from ..solvers.scorer import Scorer
 from .scores import Id
@@ -45,25 +49,35 @@ def gradient_batches(
     progress: Progress | None = None,
     verify: bool = False,
     tokens: TokenSink | None = None,
+    one_row: OneRow | None = None,
+    skipped: list[Skipped] | None = None,
+    facts: dict[str, Any] | None = None,
 ) -> Iterator[tuple[list[Id], Gradients]]:
     """(ids, {block: (B, r, d)}) for every batch of the loader.
 
-    A row's id is its entry of the batch's "id" list, else its position in the stream. `verify`
-    checks the first batch against autograd. `tokens` is told each batch's token factors before the
-    batch is yielded.
+    A row's id is its entry of the batch's "id" list, else its position in the stream. The loss of
+    the first batch is compared with the model's own (see `check_own_loss`, which `one_row` is
+    for); `verify` checks its gradients against autograd. `tokens` is told each batch's token
+    factors before the batch is yielded. With a list
+    `skipped`, bad rows (no label, a loss or gradient that is not finite) are written there and the
+    rest of their batch is read row by row; with None they are an error. `facts` is told the
+    precision of the first batch's gradients, where `verify` asks for it.
 
     Raises:
         InputError: the loader yields nothing, or what `batch_gradients` raises.
     """
 
-    def read(batch: Any, done: int) -> Gradients:
-        grads = batch_gradients(model, batch, loss, blocks, done, tokens)
-        if verify and done == 0:
-            device = next(model.parameters()).device
-            verify_first_batch(model, move(batch, device), loss, blocks, grads)
+    def read(batch: Any, first: bool) -> Gradients:
+        grads = batch_gradients(model, batch, loss, blocks, tokens)
+        if verify and first:
+            here = move(batch, next(model.parameters()).device)
+            verify_first_batch(model, here, loss, blocks, grads, one_row)
+            if facts is not None:
+                budget = default_budget()
+                facts["gradients"] = precision_of(model, here, loss, blocks, grads, budget)
         return grads
 
-    return _walk(model, loader, stage, progress, read)
+    return _walk(model, loader, loss, stage, progress, read, one_row, skipped)
 
 
 def score_batches(
@@ -74,6 +88,8 @@ def score_batches(
     applied: Mapping[str, Tensor],
     progress: Progress | None = None,
     scorer: Scorer | None = None,
+    one_row: OneRow | None = None,
+    skipped: list[Skipped] | None = None,
 ) -> Iterator[tuple[list[Id], Gradients]]:
     """(ids, {block: (m, B)}) for every batch: -<W_q, g_k> without keeping any g_k.
 
@@ -85,47 +101,101 @@ def score_batches(
         InputError: as `gradient_batches`.
     """
 
-    def read(batch: Any, done: int) -> Gradients:
+    def read(batch: Any, first: bool) -> Gradients:
         probes = None if scorer is None else Probes(scorer.probes)
-        scores = batch_dots(model, batch, loss, blocks, applied, done, probes)
+        scores = batch_dots(model, batch, loss, blocks, applied, probes)
         scores = {name: part.mT.neg() for name, part in scores.items()}
         if scorer is not None and probes is not None:
             for name, X in probes.drawn.items():
                 scorer.add(name, scores[name], X, probes.images[name])
         return scores
 
-    yield from _walk(model, loader, "train", progress, read, of=1)
+    yield from _walk(model, loader, loss, "train", progress, read, one_row, skipped, of=1)
 
 
 def _walk(
     model: nn.Module,
     loader: Iterable[Any],
+    loss: Loss,
     stage: str,
     progress: Progress | None,
-    read: Callable[[Any, int], Gradients],
+    read: Callable[[Any, bool], Gradients],
+    one_row: OneRow | None,
+    skipped: list[Skipped] | None,
     of: int = 0,
 ) -> Iterator[tuple[list[Id], Gradients]]:
-    """(ids, read(batch, rows before it)) of every batch, the model prepared meanwhile.
+    """(ids, read(batch, whether it is the first)) of every batch, the model prepared meanwhile.
 
     `of` is the dimension of what is read that counts rows.
     """
     total = _length(loader)
-    done = 0
+    device = next(model.parameters()).device
+    done, first = 0, True
+
+    def read_checked(batch: Any) -> Gradients:
+        if first:
+            check_own_loss(model, move(batch, device), loss, one_row=one_row)
+        return read(batch, first)
+
     with prepared(model):
         for batch in loader:
-            found = read(batch, done)
-            count = next(iter(found.values())).shape[of]
-            ids = _ids(batch, done, count)
             if done == 0:
                 _warn_if_shuffled(loader, batch)
-            done += count
+            try:
+                found = read_checked(batch)
+            except BadRowError as error:
+                if skipped is None:
+                    raise InputError(_where(batch, stage, done, error)) from error
+                for alone in _rows(batch, row_cutter(model, one_row), error):
+                    identity = _ids(alone, done, 1)
+                    try:
+                        found = read_checked(alone)
+                    except BadRowError as bad:
+                        skipped.append(Skipped(stage, done, identity[0], bad.what))
+                    else:
+                        yield identity, found
+                        first = False
+                    done += 1
+            else:
+                count = next(iter(found.values())).shape[of]
+                yield _ids(batch, done, count), found
+                first = False
+                done += count
             if progress is not None:
                 progress(stage, done, total)
-            yield ids, found
-    if done == 0:
+    if first:
         raise InputError(
             f"the {stage} loader gave no rows (an empty data set, or an iterator used before?)"
         )
+
+
+class Skipped(NamedTuple):
+    """A row that was left out: train or query, its place in the stream, its id, what is wrong."""
+
+    stage: str
+    row: int
+    id: Id
+    what: str
+
+
+def _rows(batch: Any, cut: Callable[[Any, int], Any | None], error: BadRowError) -> Iterator[Any]:
+    """The rows of a batch one by one, so that a bad one can be left out."""
+    named = batch if isinstance(batch, Mapping) else {}
+    counted = next((named[key] for key in ("id", "labels", "input_ids") if key in named), None)
+    if counted is None or cut(batch, 0) is None:
+        raise InputError(
+            f"{error}; it cannot be skipped, because how to cut a row out of its batch is not "
+            "known: give one_row=, or leave the row out of the data"
+        )
+    for row in range(len(counted)):
+        yield cut(batch, row)
+
+
+def _where(batch: Any, stage: str, done: int, error: BadRowError) -> str:
+    """What is wrong with a row, by its place in the stream and its id."""
+    given = batch.get("id") if isinstance(batch, Mapping) else None
+    name = "" if given is None else f" (id {_plain(given)[error.row]!r})"
+    return f"{stage} row {done + error.row}{name} {error.what}"
 
 
 def check_weights(model: nn.Module) -> None:
@@ -227,18 +297,33 @@ def _ids(batch: Any, start: int, count: int) -> list[Id]:
     given = batch.get("id") if isinstance(batch, Mapping) else None
     if given is None:
         return list(range(start, start + count))
-    # plain numbers and strings, which JSON and Parquet can hold
-    ids = given.tolist() if hasattr(given, "tolist") else list(given)
+    ids = _plain(given)
     if len(ids) != count:
         raise InputError(f"a batch names {len(ids)} ids for {count} samples")
     return ids
 
 
+def _plain(given: Any) -> list[Id]:
+    """Plain numbers and strings, which JSON and Parquet can hold."""
+    return given.tolist() if hasattr(given, "tolist") else list(given)
+
+
 def _warn_if_shuffled(loader: Iterable[Any], batch: Any) -> None:
     named = isinstance(batch, Mapping) and "id" in batch
-    if not named and isinstance(getattr(loader, "sampler", None), RandomSampler):
+    if not named and _reorders(loader):
         warnings.warn(
-            "the loader shuffles and its batches have no 'id', so row numbers mean the order of "
-            "one pass only; turn shuffling off or give ids",
+            "the loader shuffles, or its sampler may, and its batches have no 'id', so row numbers "
+            "mean the order of one pass only; turn shuffling off or give ids",
             stacklevel=3,
         )
+
+
+def _reorders(loader: Any) -> bool:
+    """Whether a loader's order is any other than its data set's."""
+    batches, sampler = getattr(loader, "batch_sampler", None), getattr(loader, "sampler", None)
+    # an iterable data set has a sampler that only counts
+    if sampler is None or type(sampler).__name__ == "_InfiniteConstantSampler":
+        return False
+    if batches is not None:
+        sampler = batches.sampler if type(batches) is BatchSampler else batches
+    return type(sampler) is not SequentialSampler

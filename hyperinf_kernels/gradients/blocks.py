@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
 from ..errors import InputError
-from .layers import Layer, features_of, layer_of
+from .adapters import is_lora, lora_parameters, read_one_by_one, refuse_unknown
+from .inputs import unwrapped
+from .layers import ONE_BY_ONE, Layer, features_of, layer_of
 
 
 @dataclass(frozen=True)
@@ -45,13 +48,13 @@ def find_blocks(model: nn.Module, blocks: str | Sequence[str] = "lora") -> list[
             names; a list holds exact parameter names.
 
     Raises:
-        InputError: nothing matches, a name is unknown, or a match is not supported (DoRA and other
-            LoRA variants, merged, disabled or several active adapters, tied parameters, layers that
-            are not known, packed weights).
+        InputError: nothing matches, a name is unknown, or a match is not supported (LoRA variants
+            beyond DoRA and AdaLoRA, merged, disabled or several active adapters, tied parameters,
+            layers that are not known, packed, sharded, offloaded or scattered weights).
     """
     names = [name for name, _ in model.named_parameters()]
     if blocks == "lora":
-        wanted = set(_lora_parameters(model))
+        wanted = set(lora_parameters(model))
     elif isinstance(blocks, str):
         try:
             pattern = re.compile(blocks)
@@ -70,20 +73,76 @@ def find_blocks(model: nn.Module, blocks: str | Sequence[str] = "lora") -> list[
                 raise InputError(f"the model has no parameter {name!r}; similar: {close}")
         if not wanted:
             raise InputError("blocks is empty: name at least one parameter")
+    check_whole(model)
     modules = dict(model.named_modules())
     owners: dict[int, list[str]] = {}
     for module_name, module in modules.items():
         for short, parameter in module.named_parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(f"{module_name}.{short}".lstrip("."))
-    return [_block(name, modules, owners) for name in names if name in wanted]
+    text = _language_model(model)
+    return [_block(name, modules, owners, text) for name in names if name in wanted]
 
 
-def _block(name: str, modules: dict[str, nn.Module], owners: dict[int, list[str]]) -> Block:
+def check_whole(model: nn.Module) -> None:
+    """Raise InputError for weights that are not all here: offloaded, scattered or sharded."""
+    places: dict[str, str] = {}
+    for name, parameter in model.named_parameters():
+        places.setdefault(str(parameter.device), name)
+        if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
+            raise InputError(
+                f"parameter {name} is sharded over processes (FSDP, tensor parallelism): load the "
+                "saved adapter in one process"
+            )
+    if "meta" in places:
+        raise InputError(
+            f"parameter {places['meta']} is on the meta device (offloaded by accelerate's "
+            "device_map, or never loaded): load the whole model on one device"
+        )
+    if len(places) > 1:
+        found = ", ".join(f"{name} on {place}" for place, name in list(places.items())[:3])
+        raise InputError(
+            f"the model lies on several devices ({found}), which is not supported: load it on one "
+            "(no device_map), in bf16 or quantised if it does not fit"
+        )
+
+
+def _language_model(model: nn.Module) -> frozenset[nn.Module] | None:
+    """Modules that see a row of text per sample, in a model of text and images; else None.
+
+    What lies outside them sees images or patches, however many of them a sample has.
+    """
+    inner: Any = unwrapped(model)
+    config = getattr(inner, "config", None)
+    if not (hasattr(config, "text_config") and hasattr(inner, "get_decoder")):
+        return None
+    if not (hasattr(config, "vision_config") or hasattr(config, "audio_config")):
+        return None
+    decoder = inner.get_decoder()
+    head = getattr(inner, "get_output_embeddings", lambda: None)()
+    inside = list(decoder.modules()) + ([] if head is None else list(head.modules()))
+    return None if decoder is inner else frozenset(inside)
+
+
+def _block(
+    name: str, modules: dict[str, nn.Module], owners: dict[int, list[str]],
+    text: frozenset[nn.Module] | None,
+) -> Block:  # fmt: skip
     module_name, _, short = name.rpartition(".")
     module = modules[module_name]
     parameter = getattr(module, short)
     layer = layer_of(module)
-    if layer is None or short not in ("weight", "bias"):
+    path = module_name.split(".")
+    for depth in range(len(path) - 1, 0, -1):
+        above = modules[".".join(path[:depth])]
+        if is_lora(above):
+            adapter = path[depth + 1] if depth + 1 < len(path) else short
+            refuse_unknown(".".join(path[:depth]), above, adapter)
+            if path[depth].startswith("lora_") and read_one_by_one(above, adapter):
+                layer = ONE_BY_ONE
+            break
+    if text is not None and module not in text:
+        layer = ONE_BY_ONE
+    if layer is None or (layer.hooked and short not in ("weight", "bias")):
         raise InputError(
             f"block {name}: gradients of {type(module).__name__}.{short} are not supported; "
             "supported are Linear, Conv1D (transformers), Conv2d, Embedding and norm layers"
@@ -100,69 +159,15 @@ def _block(name: str, modules: dict[str, nn.Module], owners: dict[int, list[str]
         raise InputError(
             f"block {name}: the parameter is tied ({', '.join(owners[id(parameter)])})"
         )
-    if short == "bias":
-        return Block(name, module, layer, True, False, (1, int(parameter.numel())))
-    transpose = ".lora_B." in f".{name}"
-    shape = layer.shape(module)
+    if parameter.ndim == 1:
+        return Block(name, module, layer, short == "bias", False, (1, int(parameter.numel())))
+    dotted = f".{name}."
+    transpose = ".lora_B." in dotted or ".lora_embedding_B." in dotted
+    if layer.hooked:
+        shape = layer.shape(module)
+    else:
+        shape = (int(parameter.shape[0]), int(parameter[0].numel()))
     return Block(name, module, layer, False, transpose, shape[::-1] if transpose else shape)
-
-
-def _lora_parameters(model: nn.Module) -> Iterator[str]:
-    """Names of the active adapter's matrices; peft's layers are known by their attributes."""
-    found = False
-    for name, module in model.named_modules():
-        is_lora = hasattr(module, "lora_A") and hasattr(module, "lora_B")
-        is_saved = hasattr(module, "modules_to_save") and hasattr(module, "original_module")
-        if not (is_lora or is_saved):
-            continue
-        if type(module).__name__ in ("ParamWrapper", "MultiheadAttention"):
-            raise InputError(
-                f"{name}: LoRA on {type(module).__name__} is not supported, because it changes a "
-                "weight without running a layer of its own"
-            )
-        adapter = _active_adapter(name, module)
-        if is_saved:
-            saved = module.modules_to_save
-            if adapter in saved:
-                for short, parameter in saved[adapter].named_parameters():
-                    if parameter.ndim > 1:
-                        yield f"{name}.modules_to_save.{adapter}.{short}"
-            continue
-        if adapter in getattr(module, "lora_embedding_A", {}):
-            raise InputError(
-                f"{name}: LoRA on an Embedding is not supported; choose blocks by a regular "
-                "expression that leaves it out"
-            )
-        if adapter not in module.lora_A:
-            continue
-        variant = getattr(module, "lora_variant", {}).get(adapter)
-        if variant is not None or getattr(module, "use_dora", {}).get(adapter):
-            kind = type(variant).__name__ if variant is not None else "DoRA"
-            raise InputError(
-                f"{name}: the LoRA variant {kind} is not supported, only plain LoRA and rsLoRA"
-            )
-        found = True
-        yield f"{name}.lora_A.{adapter}.weight"
-        yield f"{name}.lora_B.{adapter}.weight"
-    if not found:
-        raise InputError(
-            "the model has no LoRA layer, but blocks='lora': give an adapter, or choose the "
-            "parameters to attribute by a regular expression or a list of names"
-        )
-
-
-def _active_adapter(name: str, module: nn.Module) -> str:
-    if getattr(module, "merged_adapters", None):
-        raise InputError(f"{name}: the adapter is merged into the base weights; unmerge it first")
-    if getattr(module, "disable_adapters", False) is True:
-        raise InputError(f"{name}: its adapters are disabled; enable them first")
-    active = list(getattr(module, "active_adapters", []))
-    if len(active) != 1:
-        raise InputError(
-            f"{name}: {len(active)} adapters are active ({', '.join(active) or 'none'}); activate "
-            "one, or choose blocks by a regular expression such as 'lora_[AB]\\.NAME\\.'"
-        )
-    return str(active[0])
 
 
 def parameter_count(blocks: Sequence[Block]) -> int:

@@ -24,7 +24,8 @@ class Layer:
 
     `weight(module, x, delta, transpose)` gives (B, r, d); `features` is the dimension of delta that
     a bias belongs to; `refuse` names an option of the module that is not supported; `outer` says
-    that the weight's gradient is delta^T x, summed over all dimensions between sample and feature.
+    that the weight's gradient is delta^T x, summed over all dimensions between sample and feature;
+    `hooked` that its input and output show a sample's gradient at all.
     """
 
     kind: str
@@ -34,6 +35,7 @@ class Layer:
     features: int = -1
     refuse: Callable[[nn.Module], str | None] = lambda module: None
     outer: bool = False
+    hooked: bool = True
 
 
 def bias_gradient(delta: Tensor, features: int) -> Tensor:
@@ -161,6 +163,15 @@ LAYERS = (
     ),
     Layer("norm", _is_norm, _norm, _vector_shape, refuse=_refuse_norm),
 )  # fmt: skip
+
+
+def _unread(module: nn.Module, x: Tensor, delta: Tensor, transpose: bool) -> Tensor:
+    raise AssertionError("there is no layer to read")
+
+
+# experts that see routed tokens, patches of images, weights that are composed: one backward pass
+# per sample, which needs nothing of the layer
+ONE_BY_ONE = Layer("one by one", lambda m: False, _unread, _matrix_shape, hooked=False)
 
 
 def layer_of(module: nn.Module) -> Layer | None:

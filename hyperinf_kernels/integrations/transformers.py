@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from ..attribution import Attributor, InfluenceScores
 from ..errors import InputError
 from ..gradients import Loss
+from ..gradients.inputs import unwrapped
 from ..solvers import Damping
 from .imports import require
 
@@ -29,7 +30,9 @@ __all__ = ["InfluenceCallback", "attribute", "attributor_of", "loader_of"]
 
 LOSSES = {
     "ForSequenceClassification": "sequence_classification",
+    "ForImageClassification": "sequence_classification",
     "ForTokenClassification": "token_classification",
+    "ForMaskedLM": "masked_lm",
     "ForCausalLM": "causal_lm",
     "LMHeadModel": "causal_lm",
 }
@@ -61,7 +64,8 @@ def attributor_of(trainer: Trainer, *, train: Any = None, **options: Any) -> Att
     Args:
         train: as in `attribute`.
         loss: None: the model's own, by its class: "sequence_classification",
-            "token_classification", or "causal_lm" summed over the labels that the collator makes.
+            "token_classification", "masked_lm", "seq2seq_lm", or "causal_lm", summed over
+            the labels that the collator makes.
         blocks, method, damping, **options: of `Attributor`.
 
     Raises:
@@ -169,14 +173,17 @@ def _loss_of(trainer: Trainer, model: Any) -> str:
                 f"the trainer minimised a loss of its own ({name}): give loss='causal_lm' to "
                 "attribute plain cross-entropy, or a callable loss(model, batch) -> (B,)"
             )
-    base = getattr(model, "get_base_model", lambda: model)()
+    base: Any = unwrapped(model)
     kind = type(base).__name__
     for ending, loss in LOSSES.items():
         if kind.endswith(ending):
             return loss
+    if kind.endswith("ForConditionalGeneration"):
+        return "seq2seq_lm" if base.config.is_encoder_decoder else "causal_lm"
     raise InputError(
-        f"the loss of a {kind} is not known: give loss='causal_lm', 'sequence_classification', "
-        "'token_classification', or a callable loss(model, batch) -> (B,)"
+        f"the loss of a {kind} is not known: give loss='causal_lm', 'masked_lm', 'seq2seq_lm', "
+        "'sequence_classification', 'token_classification', or a callable "
+        "loss(model, batch) -> (B,)"
     )
 
 

@@ -124,11 +124,12 @@ def test_a_loss_that_is_not_the_models_is_asked_for(tmp_path: Path) -> None:
     own = Own(trainer.model, trainer.args, train_dataset=Words(0, 13), data_collator=collate)
     with pytest.raises(InputError, match=r"Own\.compute_loss"):
         attribute(own, Words(50, 7))
+    config = bert_sequence().get_base_model().config
     masked = transformers.Trainer(
-        transformers.BertForMaskedLM(bert_sequence().get_base_model().config), trainer.args,
+        transformers.BertForNextSentencePrediction(config), trainer.args,
         train_dataset=Words(0, 13), data_collator=collate,
     )  # fmt: skip
-    with pytest.raises(InputError, match="BertForMaskedLM is not known"):
+    with pytest.raises(InputError, match="BertForNextSentencePrediction is not known"):
         attribute(masked, Words(50, 7), blocks="query")
 
 
