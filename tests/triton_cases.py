@@ -117,7 +117,7 @@ def allocations(monkeypatch: pytest.MonkeyPatch) -> Allocations:
 def through_the_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
     """Public ops choose Triton as on a GPU, for CPU tensors too while interpreting."""
     if INTERPRETING:
-        monkeypatch.setattr(dispatch, "capability", dispatch.Capability)
+        monkeypatch.setattr(dispatch, "capability", lambda device=None: dispatch.Capability())
         monkeypatch.setitem(dispatch.PREFERENCE, "cpu", ("triton", "torch"))
 
 

@@ -49,7 +49,7 @@ def verify_first_batch(
     limit = max(LIMITS.get(p.dtype, LOW_PRECISION) for p in model.parameters())
     if torch.is_autocast_enabled(next(model.parameters()).device.type):
         limit = LOW_PRECISION
-    weightings = [torch.ones(samples, dtype=torch.float64), _signed_powers(samples)]
+    weightings = [torch.ones(samples, dtype=torch.float64, device="cpu"), _signed_powers(samples)]
     row = most_padded(batch)
     alone = row_cutter(model, one_row)(batch, row)
     references = _autograd(model, batch, loss, parameters, weightings)
@@ -57,9 +57,10 @@ def verify_first_batch(
         for weights, reference, why in zip(weightings, references, REASONS, strict=True):
             _compare(blocks, grads, weights, reference, limit, why)
         if alone is not None:
-            one = torch.zeros(samples, dtype=torch.float64)
+            one = torch.zeros(samples, dtype=torch.float64, device="cpu")
             one[row] = 1
-            references = _autograd(model, alone, loss, parameters, [torch.ones(1)])
+            whole = torch.ones(1, dtype=torch.float64, device="cpu")
+            references = _autograd(model, alone, loss, parameters, [whole])
             _compare(blocks, grads, one, references[0], limit, (
                 f"row {row} of the batch has another gradient alone and without padding, so "
                 "padding or other rows change it (pad on the other side, or give an attention mask)"
@@ -71,9 +72,12 @@ def verify_first_batch(
 
 def _signed_powers(count: int) -> Tensor:
     """Random weights of six values, powers of two, which no format rounds."""
-    generator = torch.Generator().manual_seed(0)
-    signs = torch.randint(0, 2, (count,), generator=generator) * 2 - 1
-    return signs * 2.0 ** torch.randint(0, 3, (count,), generator=generator).double()
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    signs, powers = (
+        torch.randint(0, most, (count,), generator=generator, dtype=torch.int64, device="cpu")
+        for most in (2, 3)
+    )
+    return (signs * 2 - 1) * 2.0 ** powers.double()
 
 
 REASONS = (

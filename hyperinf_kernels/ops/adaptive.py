@@ -282,7 +282,7 @@ def probed(A: Tensor, X: Tensor) -> Tensor:
     """||I - A X||_F / sqrt(d) per matrix, estimated by four vectors of signs in fp64."""
     d = A.shape[-1]
     generator = torch.Generator(device="cpu").manual_seed(3)
-    signs = torch.randint(0, 2, (d, PROBES), generator=generator, dtype=torch.int64)
+    signs = torch.randint(0, 2, (d, PROBES), generator=generator, dtype=torch.int64, device="cpu")
     z = (2 * signs - 1).to(A.device, torch.float64)
     gap = z - A.double() @ (X.double() @ z)
     return (gap.square().sum((-2, -1)) / (PROBES * d)).sqrt().nan_to_num(torch.inf)
@@ -291,8 +291,9 @@ def probed(A: Tensor, X: Tensor) -> Tensor:
 def _radius(R: Tensor) -> Tensor:
     """||R||_2 per matrix by power steps: from below, close enough to tell 1 from 1/2."""
     generator = torch.Generator(device="cpu").manual_seed(1)
-    v = torch.rand(R.shape[-1], 1, generator=generator, dtype=torch.float64) + 0.5
-    signs = torch.randint(0, 2, v.shape, generator=generator, dtype=torch.int64)
+    size = (R.shape[-1], 1)
+    v = torch.rand(size, generator=generator, dtype=torch.float64, device="cpu") + 0.5
+    signs = torch.randint(0, 2, size, generator=generator, dtype=torch.int64, device="cpu")
     v = (v * (2 * signs - 1)).to(R.device, R.dtype).expand(len(R), -1, 1)
     for _ in range(POWER_STEPS - 1):
         v = R @ v

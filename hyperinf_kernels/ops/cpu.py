@@ -284,7 +284,7 @@ def schulz(A: Tensor, start: Tensor, steps: Sequence[Step]) -> tuple[Tensor, int
 
 def _coefficients(batch: int, steps: Sequence[Step]) -> Tensor:
     """Every step's coefficients, in the order in which the schedule names them."""
-    table = torch.zeros(batch, len(steps), COEFFICIENTS, dtype=torch.float32)
+    table = torch.zeros(batch, len(steps), COEFFICIENTS, dtype=torch.float32, device="cpu")
     for k, step in enumerate(steps):
         for i, value in enumerate(step.coefficients.values()):
             table[:, k, i] = value.reshape(batch)

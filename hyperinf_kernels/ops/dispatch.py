@@ -68,7 +68,7 @@ class Kernel(NamedTuple):
 
 KERNELS: dict[str, dict[str, Kernel]] = {}
 # public ops that run on the kernel of another name
-SHARED = {"schulz_inverse": "schulz", "schulz_solve": "schulz"}
+SHARED = {"schulz_inverse": "schulz_adaptive", "schulz_solve": "schulz_adaptive"}
 
 
 def implements(

@@ -142,7 +142,7 @@ RADII = tuple(0.95 * 2 ** (-k / 2) for k in range(22, -1, -1))
 
 
 def _polynomial(degree: int, radius: float) -> Polynomial:
-    coefficients, left = _STEPS[degree](torch.tensor(radius, dtype=torch.float64))
+    coefficients, left = _STEPS[degree](torch.tensor(radius, dtype=torch.float64, device="cpu"))
     return Polynomial(degree, radius, float(left), {k: float(c) for k, c in coefficients.items()})
 
 
@@ -164,7 +164,7 @@ def packed_menu() -> Tensor:
         rows.append(
             [p.degree, p.radius, p.reach, math.log(p.reach), *given, *[0.0] * (8 - len(given))]
         )
-    return torch.tensor(rows, dtype=torch.float32)
+    return torch.tensor(rows, dtype=torch.float32, device="cpu")
 
 
 def cheapest_step(radius: float, after: Callable[[float], float]) -> Polynomial:

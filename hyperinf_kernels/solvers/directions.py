@@ -74,8 +74,8 @@ def rounded(wide: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
 
 def normal(count: int, size: int) -> Tensor:
     """(count, size) in fp64, the same always; signs would let errors of equal rows cancel."""
-    draw = torch.Generator().manual_seed(0)
-    return torch.randn(count, size, generator=draw, dtype=torch.float64)
+    draw = torch.Generator(device="cpu").manual_seed(0)
+    return torch.randn(count, size, generator=draw, dtype=torch.float64, device="cpu")
 
 
 def norms(E: Tensor) -> Tensor:

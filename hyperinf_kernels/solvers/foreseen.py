@@ -1,4 +1,4 @@
-"""Dot products with queries that are known before the rows arrive, taken while these are checked."""
+"""Dot products with queries known before the rows arrive, taken while these are checked."""
 
 from __future__ import annotations
 

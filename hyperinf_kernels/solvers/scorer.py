@@ -33,14 +33,14 @@ class BlockTally:
     def __init__(self, direction: Direction) -> None:
         W = direction.W
         self.direction = direction
-        self._draw = torch.Generator().manual_seed(1)
+        self._draw = torch.Generator(device="cpu").manual_seed(1)
         self._image = torch.zeros(PROBES, W[0].numel(), dtype=torch.float64, device=W.device)
         self._seen = torch.zeros(len(W), PROBES, dtype=torch.float64, device=W.device)
         self._squares = torch.zeros(len(W), dtype=torch.float64, device=W.device)
 
     def probes(self, count: int) -> Tensor:
         """X (count, s) for the next rows."""
-        X = torch.randn(count, PROBES, generator=self._draw, dtype=torch.float64)
+        X = torch.randn(count, PROBES, generator=self._draw, dtype=torch.float64, device="cpu")
         return X.to(self._image.device)
 
     def add(self, S: Tensor, X: Tensor, image: Tensor) -> None:
