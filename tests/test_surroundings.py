@@ -219,7 +219,8 @@ ENTRIES: dict[str, Entry | type[NOTHING]] = {
     **dict.fromkeys((
         "__version__", "AbsoluteDamping", "BackendError", "BlockReport", "CausalLM", "Damping",
         "DataInfDamping", "GramScores", "InputError", "MaskedLM", "Plan", "Seq2SeqLM",
-        "SequenceClassification", "SolveInfo", "TokenClassification", "TraceDamping", "explain", "trace_backends",
+        "SequenceClassification", "SolveInfo", "TokenClassification", "TraceDamping", "explain",
+        "trace_backends",
     ), NOTHING),
 }  # fmt: skip
 CALLS = {name: entry for name, entry in ENTRIES.items() if entry is not NOTHING}
