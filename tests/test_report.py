@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from hyperinf_kernels.cli.terminal import _verdict
 from hyperinf_kernels.report.certificate import picture, verdict
 from hyperinf_kernels.report.charts import Series, curves, histogram, ticks
 from hyperinf_kernels.report.page import render_html
@@ -122,6 +123,17 @@ def test_a_certificate_that_its_blocks_contradict_is_called_out() -> None:
     blocks[1]["converged"] = False
     assert "But 1 block below did not converge." in verdict(claim, blocks)
     assert "No certificate." in verdict({}, [])
+
+
+def test_the_figure_in_words_is_the_scores_where_there_are_scores() -> None:
+    claim = {"certified": False, "worst_residual": 1e-7, "worst_score_error": 0.02, "summary": "x"}
+    assert "scores are off by 0.02 of their size: 1 part in 50" in verdict(claim, [])
+    assert _verdict({"certificate": claim}) == "NOT CONVERGED, scores off by 2e-02"
+    # a method whose scores come without a direction
+    alone = claim | {"certified": True, "worst_residual": None}
+    assert "unchecked" not in verdict(alone | {"certified": False}, [])
+    assert _verdict({"certificate": alone}) == "certified, scores off by 2e-02"
+    assert _verdict({"certificate": alone | {"worst_score_error": None}}) == "certified"
 
 
 def test_collapsed_blocks_are_counted() -> None:

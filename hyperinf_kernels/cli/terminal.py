@@ -171,7 +171,10 @@ def _verdict(entry: Mapping[str, Any]) -> str:
     if certificate["certified"] is None:
         return "nothing to solve"
     verdict = "certified" if certificate["certified"] else "NOT CONVERGED"
-    return f"{verdict}, residual {certificate['worst_residual']:.0e}"
+    for key, words in (("worst_score_error", "scores off by"), ("worst_residual", "residual")):
+        if certificate.get(key) is not None:
+            return f"{verdict}, {words} {certificate[key]:.0e}"
+    return verdict
 
 
 def _cell(values: Mapping[str, float], metric: str) -> str:

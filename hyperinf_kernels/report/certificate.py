@@ -88,7 +88,7 @@ def certificate_card(name: str, style: str, method: Mapping[str, Any]) -> Markup
 
 
 def verdict(certificate: Mapping[str, Any], blocks: Sequence[Block]) -> Markup:
-    """The certificate in words: whether it holds, the worst residual, what that number means."""
+    """The certificate in words: whether it holds, its worst figure, what that number means."""
     certified = certificate.get("certified")
     heading, kind = "No certificate.", "none"
     if certified is not None:
@@ -99,12 +99,16 @@ def verdict(certificate: Mapping[str, Any], blocks: Sequence[Block]) -> Markup:
     if certificate.get("summary"):
         summary = str(certificate["summary"]).strip().rstrip(".")
         words.append(f"{summary[:1].upper()}{summary[1:]}.")
-    worst = finite(certificate.get("worst_residual"))
+    worst, error = (finite(certificate.get(f"worst_{k}")) for k in ("residual", "score_error"))
     if worst is None:
         worst = max(
             (r for b in blocks if (r := finite(b.get("residual"))) is not None), default=None
         )
-    if worst is None and ("certified" not in certificate or certified is False):
+    if error is not None:
+        words.append(
+            f"The worst query's scores are off by {number(error)} of their size: {_meaning(error)}"
+        )
+    elif worst is None and ("certified" not in certificate or certified is False):
         words.append("No residual was reported, so the arithmetic is unchecked.")
     elif worst is not None:
         words.append(f"The worst relative residual is {number(worst)}: {_meaning(worst)}")

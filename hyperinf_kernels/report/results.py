@@ -209,6 +209,7 @@ def _finding(read: Sequence[tuple[Contender, Metrics]]) -> Markup | None:
 def _method_line(row: Contender) -> Markup:
     certificate = mapping(row.data.get("certificate"))
     certified, worst = certificate.get("certified"), finite(certificate.get("worst_residual"))
+    error = finite(certificate.get("worst_score_error"))
     blocks = len(sequence(row.data.get("blocks")))
     badge: list[object] = [number(None)]
     if certified is not None:
@@ -220,7 +221,10 @@ def _method_line(row: Contender) -> Markup:
             )
         ]
         badge.append(f", {count(blocks, 'block')}" if blocks else None)
-        badge.append(f", worst residual {number(worst)}" if worst is not None else None)
+        if error is not None:
+            badge.append(f", scores off by {number(error)}")
+        elif worst is not None:
+            badge.append(f", worst residual {number(worst)}")
     times = [f"{k} {seconds(v)}" for k, v in mapping(row.data.get("seconds")).items()]
     return tag(
         "tr",
