@@ -106,7 +106,8 @@ def verdict(certificate: Mapping[str, Any], blocks: Sequence[Block]) -> Markup:
         )
     if error is not None:
         words.append(
-            f"The worst query's scores are off by {number(error)} of their size: {_meaning(error)}"
+            f"The worst query's scores are off by {number(error)} of their size: "
+            f"{_meaning_for_scores(error)}"
         )
     elif worst is None and ("certified" not in certificate or certified is False):
         words.append("No residual was reported, so the arithmetic is unchecked.")
@@ -260,8 +261,20 @@ def _meaning(worst: float) -> str:
         return (
             "the solved vectors do not reproduce the query gradients. Do not rely on these scores."
         )
-    digits = math.floor(-math.log10(worst) + 1e-9)
     return (
         "multiplied back by the damped matrix, the solved vectors reproduce the query gradients to "
-        f"1 part in {_large(1 / worst)}, about {count(digits, 'digit')}."
+        f"{_share(worst)}."
     )
+
+
+def _meaning_for_scores(error: float) -> str:
+    if error <= 0:
+        return "they are the method's own, digit for digit."
+    if error >= 0.1:
+        return "do not rely on these scores."
+    return f"beside the method in exact arithmetic they are right to {_share(error)}."
+
+
+def _share(part: float) -> str:
+    digits = math.floor(-math.log10(part) + 1e-9)
+    return f"1 part in {_large(1 / part)}, about {count(digits, 'digit')}"
