@@ -53,7 +53,6 @@ def influence(
     if per_block and top_k is not None:
         raise ValueError("per_block needs the dense matrix; leave top_k out")
     check_shapes(query_grads, {}, "query")
-    train_grads, query_grads = _without_graph(train_grads), _without_graph(query_grads)
     solver = make_solver(method, damping, **method_options)
     solver.reset()
     start = time.perf_counter()
@@ -81,11 +80,6 @@ def influence(
             "seconds": {"fit": fitted - start, "score": time.perf_counter() - fitted},
         },
     )
-
-
-def _without_graph(grads: Gradients) -> Gradients:
-    """Results must not keep alive what the gradients were computed from."""
-    return {n: g.detach() if isinstance(g, Tensor) else g for n, g in grads.items()}
 
 
 def fitted_scores(

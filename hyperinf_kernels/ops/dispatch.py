@@ -67,8 +67,10 @@ class Kernel(NamedTuple):
 
 
 KERNELS: dict[str, dict[str, Kernel]] = {}
-# public ops that run on the kernel of another name
-SHARED = {"schulz_inverse": "schulz_adaptive", "schulz_solve": "schulz_adaptive"}
+# public ops that run on the kernel of another name, by where their tensors are
+SHARED = {
+    op: {"cpu": "schulz_adaptive", "cuda": "schulz"} for op in ("schulz_inverse", "schulz_solve")
+}
 
 
 def implements(
@@ -306,7 +308,8 @@ def explain(op: str, *tensors: Tensor) -> Plan:
     Raises:
         BackendError: unknown op, unknown `HYPERINF_BACKEND`, or strict mode and a fallback.
     """
-    return _plan(SHARED.get(op, op), tensors)
+    shared = SHARED.get(op, {})
+    return _plan(shared.get(tensors[0].device.type, op) if tensors else op, tensors)
 
 
 def backends_used() -> dict[str, str]:
