@@ -17,21 +17,20 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..ops import gram_accumulate_
+from ..ops import row_dots
 from ..solvers import DataInf, DataInfDamping, Exact, HyperINF, LiSSA, Solver
 from .imports import require
 from .released import RELEASED
+from .samples import Sample, samples_of
 
 __all__ = ["Engine", "GenerationEngine"]
 
-Sample = Mapping[str, Tensor]
-Samples = Mapping[int, Sample]
 Blocks = dict[str, Tensor]
 Mode = Literal["parity", "converged"]
 
 
 class _Gradients:
-    """What both engines share: dictionaries of samples in, one (n, r, d) tensor per block kept."""
+    """What both engines share: dictionaries of samples in, products of whole blocks out."""
 
     keys: ClassVar[Mapping[str, str]]
 
@@ -66,11 +65,14 @@ class _Gradients:
         """HyperINF."""
         self._timed("hyperinf", self._products("hyperinf", lambda_const_param))
 
-    def _take(self, tr_grad_dict: Samples, val_grad_dict: Samples) -> None:
+    def _take(
+        self, tr_grad_dict: Mapping[int, Sample], val_grad_dict: Mapping[int, Sample]
+    ) -> None:
         self.tr_grad_dict, self.val_grad_dict = tr_grad_dict, val_grad_dict
         self.n_train, self.n_val = len(tr_grad_dict), len(val_grad_dict)
-        self._train, self._squares = _stacked(tr_grad_dict, "tr_grad_dict", self.device)
-        self._val, _ = _stacked(val_grad_dict, "val_grad_dict", self.device)
+        self._train = samples_of(tr_grad_dict, "tr_grad_dict", self.device)
+        val = samples_of(val_grad_dict, "val_grad_dict", self.device)
+        self._val = {name: samples.whole for name, samples in val.items()}
         if set(self._train) != set(self._val):
             odd = sorted(set(self._train) ^ set(self._val))
             raise InputError(f"tr_grad_dict and val_grad_dict differ in their weights: {odd[:3]}")
@@ -101,15 +103,14 @@ class _Gradients:
         if self.mode == "parity" and method in RELEASED:
             step = RELEASED[method]
             return lambda: {
-                name: step(self._train[name], V, self._squares[name], lambda_const_param)
-                for name, V in queries.items()
+                name: step(self._train[name], V, lambda_const_param) for name, V in queries.items()
             }
         if self.mode == "converged" and method == "accurate_gfim":
             method = "accurate"
         return lambda: self._solved(method, solvers[method](), queries)
 
     def _solved(self, method: str, solver: Solver, queries: Blocks) -> Blocks:
-        solver.update(self._train, copy=False)
+        solver.update({name: t.whole for name, t in self._train.items()}, copy=False)
         applied = solver.fit().apply(queries)
         self.reports[self.keys.get(method, method)] = solver.report()
         return applied
@@ -121,12 +122,9 @@ class _Gradients:
         """-sum over weights of <hvp, g_k>, (m, n)."""
         total: Tensor | None = None
         for name, W in hvps.items():
-            G = self._train[name].flatten(1)
-            if len(W) == 1:
-                part = (G @ W.flatten().to(G.dtype))[None]
-            else:
-                part = gram_accumulate_(W.new_zeros(len(W), len(G)), W.flatten(1), G)
-            total = part.double() if total is None else total + part
+            flat = W.flatten(1)
+            part = row_dots(self._train[name].parts(flat), flat)[0].mT
+            total = part if total is None else total + part
         assert total is not None
         return -total
 
@@ -135,7 +133,10 @@ class Engine(_Gradients):
     """All training scores on the averaged query: the repositories' `IFEngine`."""
 
     def preprocess_gradients(
-        self, tr_grad_dict: Samples, val_grad_dict: Samples, noise_index: Any = None
+        self,
+        tr_grad_dict: Mapping[int, Sample],
+        val_grad_dict: Mapping[int, Sample],
+        noise_index: Any = None,
     ) -> None:
         """Take {sample: {weight: (r, d)}} for training and validation samples.
 
@@ -185,7 +186,9 @@ class GenerationEngine(_Gradients):
 
     methods: ClassVar[tuple[str, ...]] = ("identity", "datainf", "hyperinf")
 
-    def preprocess_gradients(self, tr_grad_dict: Samples, val_grad_dict: Samples) -> None:
+    def preprocess_gradients(
+        self, tr_grad_dict: Mapping[int, Sample], val_grad_dict: Mapping[int, Sample]
+    ) -> None:
         """As in `IFEngine`; queries are kept apart.
 
         Raises:
@@ -219,41 +222,6 @@ class GenerationEngine(_Gradients):
     def _as_dict(self, hvps: Blocks) -> Any:
         split = {name: W.unbind(0) for name, W in hvps.items()}
         return {q: {name: rows[q] for name, rows in split.items()} for q in range(self.n_val)}
-
-
-CHUNK = 64  # rows: a few MB, still in the processor's cache when their norms are taken
-
-
-def _stacked(
-    samples: Samples, what: str, device: torch.device | str | None
-) -> tuple[Blocks, dict[str, Tensor]]:
-    """{sample: {weight: (r, d)}} -> {weight: (n, r, d)} and {weight: ||g_i||^2 (n,)} in fp64.
-
-    A vector counts as one row.
-    """
-    if not samples or set(samples) != set(range(len(samples))):
-        raise InputError(f"{what} must hold samples 0 to n - 1, got {len(samples)} other keys")
-    kinds = {name: (grad.shape, grad.dtype) for name, grad in samples[0].items()}
-    for index, sample in samples.items():
-        if {name: (grad.shape, grad.dtype) for name, grad in sample.items()} != kinds:
-            raise InputError(
-                f"{what}: sample {index} has other weights, shapes or dtypes than sample 0"
-            )
-    out, squares = {}, {}
-    for name, (shape, dtype) in kinds.items():
-        grads = [samples[i][name].detach() for i in range(len(samples))]
-        where = grads[0].device if device is None else device
-        whole = torch.empty((len(grads), *shape), dtype=dtype, device=where)
-        wide = torch.promote_types(dtype, torch.float32)
-        norms = []
-        for start in range(0, len(grads), CHUNK):
-            part = whole[start : start + CHUNK]
-            part.copy_(torch.stack(grads[start : start + CHUNK]))
-            norm = torch.linalg.vector_norm(part.flatten(1), dim=1, dtype=wide)
-            norms.append(norm.double().square())
-        out[name] = whole[:, None] if whole.ndim == 2 else whole.flatten(2)
-        squares[name] = torch.cat(norms)
-    return out, squares
 
 
 def _save(run_id: int, **results: Any) -> None:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..ops import gfim_accumulate_, sherman_morrison
+from ..ops import gfim_accumulate_, row_dots, span
+from .samples import Samples
 
 __all__ = ["RELEASED", "released_inverse"]
 
@@ -16,27 +17,31 @@ ITERATIONS, START, EXTRA = 30, 5e-5, 1e-3
 CHUNK = 256
 
 
-def _lambda(G: Tensor, squares: Tensor, lambda_const_param: float) -> float:
-    """The mean squared gradient entry over `lambda_const_param`."""
-    return float(squares.sum()) / G.numel() / lambda_const_param
+def _lambda(squares: Tensor, V: Tensor, lambda_const_param: float) -> float:
+    """The mean squared gradient entry over `lambda_const_param`, from ||g_i||^2 (n,)."""
+    return float(squares.sum()) / len(squares) / V[0].numel() / lambda_const_param
 
 
-def _released_datainf(G: Tensor, V: Tensor, squares: Tensor, lambda_const_param: float) -> Tensor:
+def _released_datainf(train: Samples, V: Tensor, lambda_const_param: float) -> Tensor:
     """mean_i (g_i g_i^T + lambda I)^-1 v, in the gradients' dtype."""
-    lam = _lambda(G, squares, lambda_const_param)
-    return sherman_morrison(V.flatten(1), G.flatten(1), lam).view_as(V)
+    flat = V.flatten(1)
+    rows = train.parts(flat)
+    dots, squares = row_dots(rows, flat)
+    lam = _lambda(squares, V, lambda_const_param)
+    weights = dots / (len(squares) * (lam + squares))[:, None]
+    return span(rows, flat, weights / -lam, 1 / lam)[0].view_as(V)
 
 
-def _released_schulz(G: Tensor, V: Tensor, squares: Tensor, lambda_const_param: float) -> Tensor:
+def _released_schulz(train: Samples, V: Tensor, lambda_const_param: float) -> Tensor:
     """V X_30 with A = mean_i g_i^T g_i + (lambda + 0.001) I, C built in the gradients' dtype."""
-    size = G.shape[2]
+    G, size = train.whole, V.shape[2]
     C = torch.zeros(size, size, dtype=torch.float64, device=G.device)
     part_sum = torch.empty(size, size, dtype=G.dtype, device=G.device)
     for part in G.split(CHUNK):
         # as released, products are in the gradients' dtype; only the sum of chunks is wider
         C += gfim_accumulate_(part_sum.zero_(), part)
     C /= len(G)
-    lam = _lambda(G, squares, lambda_const_param) + EXTRA
+    lam = _lambda(train.squares, V, lambda_const_param) + EXTRA
     C.diagonal().add_(lam)
     W = released_inverse(C, V.double().flatten(0, 1), lam)
     return W.view_as(V).to(V.dtype)
@@ -70,18 +75,18 @@ def released_inverse(A: Tensor, V: Tensor, smallest: float) -> Tensor:
     return (V @ Q * gain) @ Q.mT
 
 
-def _released_lissa(G: Tensor, V: Tensor, squares: Tensor, lambda_const_param: float) -> Tensor:
+def _released_lissa(train: Samples, V: Tensor, lambda_const_param: float) -> Tensor:
     """Ten steps r <- v + r - (mean_i <g_i, r> g_i - lambda r): the damping's sign is released."""
-    P, v = G.flatten(1), V.flatten(1)
-    lam = _lambda(G, squares, lambda_const_param)
+    P, v = train.whole.flatten(1), V.flatten(1)
+    lam = _lambda(train.squares, V, lambda_const_param)
     r = v
     for _ in range(10):
         r = v + r - ((r @ P.mT) @ P / len(P) - lam * r)
     return r.view_as(V)
 
 
-# (gradients (n, r, d), queries (m, r, d), ||g_i||^2 (n,), lambda_const_param) -> (m, r, d)
-RELEASED: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
+# (gradients of n samples, queries (m, r, d), lambda_const_param) -> (m, r, d)
+RELEASED: dict[str, Callable[[Samples, Tensor, float], Tensor]] = {
     "datainf": _released_datainf,
     "hyperinf": _released_schulz,
     "lissa": _released_lissa,

@@ -54,13 +54,15 @@ def _refuse_rows(metas: tuple[TensorMeta, ...]) -> str | None:
 
 
 @implements("row_dots", "cpu", _refuse_rows)
-def row_dots(V: Tensor, *rows: Tensor) -> tuple[Tensor, Tensor]:
+def row_dots(V: Tensor, *_: Tensor, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     dots, norms = torch.ops.hyperinf.row_dots(list(rows), V.float().contiguous())
     return dots, norms
 
 
 @implements("span", "cpu", _refuse_rows)
-def span(V: Tensor, *rows: Tensor, B: Tensor, a: float) -> tuple[Tensor, Tensor]:
+def span(
+    V: Tensor, *_: Tensor, rows: Sequence[Tensor], B: Tensor, a: float
+) -> tuple[Tensor, Tensor]:
     W, norms = torch.ops.hyperinf.span(
         V.float().contiguous(), list(rows), B.float().contiguous(), float(a)
     )
@@ -68,7 +70,9 @@ def span(V: Tensor, *rows: Tensor, B: Tensor, a: float) -> tuple[Tensor, Tensor]
 
 
 @implements("span_dots", "cpu", _refuse_rows)
-def span_dots(V: Tensor, *rows: Tensor, B: Tensor, a: float) -> tuple[Tensor, Tensor]:
+def span_dots(
+    V: Tensor, *_: Tensor, rows: Sequence[Tensor], B: Tensor, a: float
+) -> tuple[Tensor, Tensor]:
     dots, norms = torch.ops.hyperinf.span_dots(
         V.float().contiguous(), list(rows), B.float().contiguous(), float(a)
     )

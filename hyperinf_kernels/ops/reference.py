@@ -224,8 +224,8 @@ def _parts(rows: Sequence[Tensor], dtype: torch.dtype) -> Iterator[tuple[slice, 
 
 
 @implements("row_dots")
-def row_dots(V: Tensor, *rows: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = accumulation_dtype(V, *rows)
+def row_dots(V: Tensor, *kinds: Tensor, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    dtype = accumulation_dtype(V, *kinds)
     dots, norms = [], []
     for _, part in _parts(rows, dtype):
         dots.append((part @ V.to(dtype).mT).double())
@@ -234,8 +234,10 @@ def row_dots(V: Tensor, *rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @implements("span")
-def span(V: Tensor, *rows: Tensor, B: Tensor, a: float) -> tuple[Tensor, Tensor]:
-    dtype = accumulation_dtype(V, *rows)
+def span(
+    V: Tensor, *kinds: Tensor, rows: Sequence[Tensor], B: Tensor, a: float
+) -> tuple[Tensor, Tensor]:
+    dtype = accumulation_dtype(V, *kinds)
     total = torch.zeros_like(V, dtype=dtype)
     for place, part in _parts(rows, dtype):
         total.addmm_(B[place].to(dtype).mT, part)
@@ -244,9 +246,11 @@ def span(V: Tensor, *rows: Tensor, B: Tensor, a: float) -> tuple[Tensor, Tensor]
 
 
 @implements("span_dots")
-def span_dots(V: Tensor, *rows: Tensor, B: Tensor, a: float) -> tuple[Tensor, Tensor]:
-    W, norms = span(V, *rows, B=B, a=a)
-    return row_dots(W, *rows)[0], norms
+def span_dots(
+    V: Tensor, *kinds: Tensor, rows: Sequence[Tensor], B: Tensor, a: float
+) -> tuple[Tensor, Tensor]:
+    W, norms = span(V, *kinds, rows=rows, B=B, a=a)
+    return row_dots(W, *kinds, rows=rows)[0], norms
 
 
 @implements("spd_inverse")

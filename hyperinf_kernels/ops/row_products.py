@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,7 +28,7 @@ def row_dots(rows: Sequence[Tensor], V: Tensor) -> tuple[Tensor, Tensor]:
         TypeError: an input is not floating point.
     """
     _check(rows, V)
-    found: tuple[Tensor, Tensor] = call("row_dots", (V, *rows))
+    found: tuple[Tensor, Tensor] = call("row_dots", (V, *kinds(rows)), rows=rows)
     return found
 
 
@@ -40,14 +40,14 @@ def span(rows: Sequence[Tensor], V: Tensor, B: Tensor, a: float) -> tuple[Tensor
         B: (n, m), taken in the precision of the result.
     """
     _check(rows, V, B)
-    found: tuple[Tensor, Tensor] = call("span", (V, *rows), B=B, a=a)
+    found: tuple[Tensor, Tensor] = call("span", (V, *kinds(rows)), rows=rows, B=B, a=a)
     return found
 
 
 def span_dots(rows: Sequence[Tensor], V: Tensor, B: Tensor, a: float) -> tuple[Tensor, Tensor]:
     """P W^T (n, m) in fp64 for W = a V + B^T P, which is never whole, and ||w_q||^2 (m,)."""
     _check(rows, V, B)
-    found: tuple[Tensor, Tensor] = call("span_dots", (V, *rows), B=B, a=a)
+    found: tuple[Tensor, Tensor] = call("span_dots", (V, *kinds(rows)), rows=rows, B=B, a=a)
     return found
 
 
@@ -65,17 +65,35 @@ def rounding_of(rows: Sequence[Tensor], V: Tensor) -> Rounding:
     The compiled kernels add few numbers in fp32 and their sums in fp64, whatever the size; of other
     backends only the number of terms is known.
     """
-    unit = torch.finfo(checks.accumulation_dtype(V, *rows)).eps / 2
+    some = kinds(rows)
+    unit = torch.finfo(checks.accumulation_dtype(V, *some)).eps / 2
     terms = (V.shape[1], sum(map(len, rows)))
-    compiled = explain("row_dots", V, *rows).backend == "cpu"
+    compiled = explain("row_dots", V, *some).backend == "cpu"
     dot, total = native.row_depths() if compiled else terms
     return Rounding(dot * unit, total * unit, unit)
+
+
+def kinds(rows: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The longest of each kind that a choice of kernel can tell apart: parts may be thousands."""
+    longest: dict[tuple[Hashable, ...], Tensor] = {}
+    for part in rows:
+        held = longest.setdefault(_kind(part), part)
+        if part.ndim and part.shape[0] > held.shape[0]:
+            longest[_kind(part)] = part
+    return tuple(longest.values())
+
+
+def _kind(part: Tensor) -> tuple[Hashable, ...]:
+    plain = type(part) is Tensor and part.layout == torch.strided
+    step = part.stride(-1) if plain and part.ndim else None
+    return (type(part), part.dtype, part.layout, part.device, part.requires_grad, part.ndim, step,
+            None if plain else id(part))  # fmt: skip
 
 
 def _check(rows: Sequence[Tensor], V: Tensor, B: Tensor | None = None) -> None:
     if not rows:
         raise ValueError("rows must hold at least one tensor")
-    checks.floating(V=V, **{f"rows[{i}]": part for i, part in enumerate(rows)})
+    checks.floating(V=V, **{f"rows[{i}]": part for i, part in enumerate(kinds(rows))})
     checks.agree(
         V.ndim == 2
         and all(part.ndim == 2 and part.shape[1] == V.shape[1] for part in rows)

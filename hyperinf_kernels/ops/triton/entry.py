@@ -153,7 +153,7 @@ def _refuse_rows(metas: tuple[TensorMeta, ...]) -> str | None:
 
 
 @implements("row_dots", "triton", _refuse_rows)
-def row_dots(V: Tensor, *rows: Tensor) -> tuple[Tensor, Tensor]:
+def row_dots(V: Tensor, *_: Tensor, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     dots = V.new_zeros(sum(map(len, rows)), len(V), dtype=torch.float32)
     for part, place in zip(rows, dots.split([len(part) for part in rows]), strict=True):
         if place.numel():
@@ -163,7 +163,9 @@ def row_dots(V: Tensor, *rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @implements("span", "triton", _refuse_rows)
-def span(V: Tensor, *rows: Tensor, B: Tensor, a: float) -> tuple[Tensor, Tensor]:
+def span(
+    V: Tensor, *_: Tensor, rows: Sequence[Tensor], B: Tensor, a: float
+) -> tuple[Tensor, Tensor]:
     W = a * V.float()
     for part, weights in zip(rows, B.float().split([len(part) for part in rows]), strict=True):
         if W.numel() and len(part):
@@ -172,9 +174,11 @@ def span(V: Tensor, *rows: Tensor, B: Tensor, a: float) -> tuple[Tensor, Tensor]
 
 
 @implements("span_dots", "triton", _refuse_rows)
-def span_dots(V: Tensor, *rows: Tensor, B: Tensor, a: float) -> tuple[Tensor, Tensor]:
-    W, norms = span(V, *rows, B=B, a=a)
-    return row_dots(W, *rows)[0], norms
+def span_dots(
+    V: Tensor, *_: Tensor, rows: Sequence[Tensor], B: Tensor, a: float
+) -> tuple[Tensor, Tensor]:
+    W, norms = span(V, rows=rows, B=B, a=a)
+    return row_dots(W, rows=rows)[0], norms
 
 
 @implements("gfim_accumulate_", "triton", _refuse_sums, config=_gfim_config)
