@@ -32,12 +32,13 @@ class Samples:
 
     def parts(self, V: Tensor) -> list[Tensor]:
         """The rows, as few or as many tensors (n_i, D) as are read fastest against V (m, D)."""
-        if "whole" in self.__dict__ or explain("row_dots", V, self._row(0)).backend != "cpu":
+        if "whole" in self.__dict__ or explain("row_dots", V, self._rows[0]).backend != "cpu":
             return [self.whole.flatten(1)]
-        return [self._row(i) for i in range(len(self._grads))]
+        return self._rows
 
-    def _row(self, i: int) -> Tensor:
-        return self._grads[i].reshape(1, -1)
+    @cached_property
+    def _rows(self) -> list[Tensor]:
+        return [grad.reshape(1, -1) for grad in self._grads]
 
     @cached_property
     def whole(self) -> Tensor:

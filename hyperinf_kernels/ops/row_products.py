@@ -27,8 +27,7 @@ def row_dots(rows: Sequence[Tensor], V: Tensor) -> tuple[Tensor, Tensor]:
         ValueError: shapes or devices do not fit.
         TypeError: an input is not floating point.
     """
-    _check(rows, V)
-    found: tuple[Tensor, Tensor] = call("row_dots", (V, *kinds(rows)), rows=rows)
+    found: tuple[Tensor, Tensor] = call("row_dots", (V, *_checked(rows, V)), rows=rows)
     return found
 
 
@@ -39,15 +38,15 @@ def span(rows: Sequence[Tensor], V: Tensor, B: Tensor, a: float) -> tuple[Tensor
         rows, V: as for `row_dots`.
         B: (n, m), taken in the precision of the result.
     """
-    _check(rows, V, B)
-    found: tuple[Tensor, Tensor] = call("span", (V, *kinds(rows)), rows=rows, B=B, a=a)
+    some = _checked(rows, V, B)
+    found: tuple[Tensor, Tensor] = call("span", (V, *some), rows=rows, B=B, a=a)
     return found
 
 
 def span_dots(rows: Sequence[Tensor], V: Tensor, B: Tensor, a: float) -> tuple[Tensor, Tensor]:
     """P W^T (n, m) in fp64 for W = a V + B^T P, which is never whole, and ||w_q||^2 (m,)."""
-    _check(rows, V, B)
-    found: tuple[Tensor, Tensor] = call("span_dots", (V, *kinds(rows)), rows=rows, B=B, a=a)
+    some = _checked(rows, V, B)
+    found: tuple[Tensor, Tensor] = call("span_dots", (V, *some), rows=rows, B=B, a=a)
     return found
 
 
@@ -75,32 +74,32 @@ def rounding_of(rows: Sequence[Tensor], V: Tensor) -> Rounding:
 
 def kinds(rows: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The longest of each kind that a choice of kernel can tell apart: parts may be thousands."""
-    longest: dict[tuple[Hashable, ...], Tensor] = {}
+    longest: dict[Hashable, Tensor] = {}
     for part in rows:
-        held = longest.setdefault(_kind(part), part)
-        if part.ndim and part.shape[0] > held.shape[0]:
-            longest[_kind(part)] = part
+        # what is no plain matrix is a kind of its own, to be refused by name
+        plain = type(part) is Tensor and part.layout is torch.strided and part.ndim == 2
+        kind = (part.dtype, part.device, part.requires_grad, part.stride(1)) if plain else id(part)
+        held = longest.setdefault(kind, part)
+        if plain and part.shape[0] > held.shape[0]:
+            longest[kind] = part
     return tuple(longest.values())
 
 
-def _kind(part: Tensor) -> tuple[Hashable, ...]:
-    plain = type(part) is Tensor and part.layout == torch.strided
-    step = part.stride(-1) if plain and part.ndim else None
-    return (type(part), part.dtype, part.layout, part.device, part.requires_grad, part.ndim, step,
-            None if plain else id(part))  # fmt: skip
-
-
-def _check(rows: Sequence[Tensor], V: Tensor, B: Tensor | None = None) -> None:
+def _checked(rows: Sequence[Tensor], V: Tensor, B: Tensor | None = None) -> tuple[Tensor, ...]:
+    """`kinds` of rows that fit V and B."""
     if not rows:
         raise ValueError("rows must hold at least one tensor")
-    checks.floating(V=V, **{f"rows[{i}]": part for i, part in enumerate(kinds(rows))})
+    some = kinds(rows)
+    checks.floating(V=V, **{f"rows[{i}]": part for i, part in enumerate(some)})
     checks.agree(
         V.ndim == 2
-        and all(part.ndim == 2 and part.shape[1] == V.shape[1] for part in rows)
-        and len({part.dtype for part in rows}) == 1,
+        and all(part.ndim == 2 for part in some)
+        and {part.shape[1] for part in rows} == {V.shape[1]}
+        and len({part.dtype for part in some}) == 1,
         "rows (n_i, D) of one dtype and V (m, D) must share D", V=V, rows=rows[0],
     )  # fmt: skip
     if B is not None:
         checks.floating(V=V, B=B)
         n = sum(map(len, rows))
         checks.agree(tuple(B.shape) == (n, len(V)), f"B must be (n, m) with n = {n}", B=B, V=V)
+    return some
