@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import json
 import os
 import subprocess
@@ -139,9 +140,13 @@ ROOMS = ("__main__", "cli", "jobs", "integrations", "experiments", "workloads", 
 
 def imports() -> Iterator[tuple[str, str]]:
     """(module, module it imports) inside the package, those inside functions too."""
+    # wherever it is installed
+    package = importlib.util.find_spec("hyperinf_kernels")
+    assert package is not None and package.origin is not None  # noqa: PT018
+    home = Path(package.origin).parent
     modules = {}
-    for path in (ROOT / "hyperinf_kernels").rglob("*.py"):
-        parts = path.relative_to(ROOT).with_suffix("").parts
+    for path in home.rglob("*.py"):
+        parts = path.relative_to(home.parent).with_suffix("").parts
         modules[".".join(parts).removesuffix(".__init__")] = path
     for name, path in modules.items():
         package = name if path.name == "__init__.py" else name.rpartition(".")[0]

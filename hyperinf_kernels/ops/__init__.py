@@ -1,5 +1,6 @@
 """The Python face of every kernel: checked arguments, documented formulas, chosen backends."""
 
+from . import composed as composed
 from . import cpu as cpu
 from . import cuda as cuda
 from . import reference as reference

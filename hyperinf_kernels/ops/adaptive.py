@@ -15,7 +15,6 @@ A batch takes its steps together, those of the matrix that needs most.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -23,9 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .dispatch import implements
 from .norms import Norms, norms_of
-from .schedule import WIDENING, Polynomial, Step, cheapest_step
+from .schedule import WIDENING, Polynomial, cheapest_step
 from .solve import BOUND, COARSE, ESTIMATE
 
 KNOWN_BELOW = 0.95  # a Frobenius norm below it bounds the spectral one
@@ -105,40 +103,18 @@ class _Chain:
         self.steps += 1
 
 
-@implements("schulz_adaptive")
-def schulz_adaptive(
-    A: Tensor, V: None, start: Tensor | None, steps: Sequence[Step], goal: float, budget: int,
-    certify: bool,
-) -> tuple[Tensor, Facts]:  # fmt: skip
-    """Inverses of A (B, d, d) and what is known of them.
-
-    Args:
-        A: fp32 or fp64. V: none; a solve is refined by its caller.
-        start, steps: a chain for given bounds of A's spectrum, run first.
-        goal: the residual to reach; 0: as small as rounding allows.
-        budget: products that the batch may cost.
-        certify: a bound that misses the goal or the floor is followed by probes.
-    """
-    from .reference import schulz
-
-    if start is None:
-        return complete(A, None, 0, 0, goal, budget, certify)
-    X, products = schulz(A, start, steps)
-    return complete(A, X, products, len(steps), goal, budget, certify)
-
-
 def complete(
     A: Tensor, X: Tensor | None, products: int, steps: int, goal: float, budget: int, certify: bool
 ) -> tuple[Tensor, Facts]:
     """`schulz_adaptive` from an X that another kernel has brought so far, or from the start."""
     norms = norms_of(A)
-    extreme = (norms.largest > LARGE) | (norms.largest < 1 / LARGE)
+    extreme = (norms.largest > LARGE) | ((norms.largest < 1 / LARGE) & (norms.largest > 0))
     if not bool(extreme.any()):
         chain = _Chain(A, norms, A if X is None else X, A, norms.largest, products, steps)
         reached = _contract(chain, X is None, goal, budget)
         return _delivered(chain, reached, goal, budget, certify)
     # squares would leave the range of the dtype
-    scale = torch.where(extreme & (norms.largest > 0), norms.largest, 1.0)
+    scale = torch.where(extreme, norms.largest, 1.0)
     scale = torch.exp2(torch.floor(torch.log2(scale)).clamp(-1000, 1000))[:, None, None]
     if X is not None:
         X = (X * scale).to(A.dtype)

@@ -42,7 +42,11 @@ def solved(
     else:
         refuse_unfit(A)
         checks.finite_matrices("V", V)
-        run = _composed(flat, rows, bounds, tol, budget, precision)
+        if precision == "ieee" and bounds is None and A.device.type == "cpu":
+            W, facts = call("schulz_adaptive", (flat, rows), None, [], tol or 0.0, budget, False)
+            run = Run(W, facts, torch.zeros(len(flat), dtype=torch.bool, device=A.device))
+        else:
+            run = composed(flat, rows, bounds, tol, budget, precision)
     missed = ~(run.facts.residual <= (tol if tol is not None else run.facts.floor))
     fallback = None
     if bool(missed.any()):
@@ -72,7 +76,7 @@ def _fused(
     return Run(W, facts, lowered)
 
 
-def _composed(
+def composed(
     A: Tensor, V: Tensor, bounds: Bounds | None, tol: float | None, budget: int, precision: str
 ) -> Run:
     """A coarse X by dense products, then `_refine`."""
